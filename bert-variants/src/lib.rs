@@ -1,0 +1,5 @@
+//! BERT variants that differ in position encoding only: pretraining, comparison and
+//! Hugging Face checkpoints, on Candle.
+
+pub mod data;
+pub mod record;

@@ -1,0 +1,7 @@
+//! Flash attention with rotary position embedding for [Candle](https://github.com/huggingface/candle),
+//! forward and backward, and the other differentiable operations a transformer encoder trains with.
+
+pub mod ops;
+mod spec;
+
+pub use spec::{AttentionSpec, PositionEncoding, Rope, RopePairing, RopeScaling, Sequences};
