@@ -3,3 +3,4 @@
 
 pub mod data;
 pub mod record;
+pub mod report;

@@ -1,8 +1,22 @@
 //! What a training run writes down: one JSON object a line, read again by the report.
+//!
+//! JSON has no NaN and no infinity; a diverged run has both. Such numbers are written as the
+//! strings `"NaN"`, `"Infinity"` and `"-Infinity"`, as in the JSON mapping of Protocol Buffers,
+//! and read back as what they were.
 
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
+use tensorboard_rs::summary_writer::FileWriter;
 
 use crate::data::Objective;
+
+/// Name of the records inside a run's folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// One line of a run's `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,7 +53,7 @@ pub struct RunHeader {
     pub parameter_bytes: u64,
     /// The data: sources, tokens, checksum, as text for the report.
     pub data: String,
-    /// Tokens the run will train on.
+    /// Optimizer steps the run will make.
     pub total_steps: u64,
     /// Hugging Face model configuration.
     pub model_config: serde_json::Value,
@@ -55,14 +69,19 @@ pub struct TrainRecord {
     /// Tokens seen.
     pub tokens: u64,
     /// Mean cross-entropy in nats over the predicted tokens.
+    #[serde(with = "float")]
     pub loss: f64,
     /// Learning rate of the step.
+    #[serde(with = "float")]
     pub lr: f64,
     /// Global gradient norm before clipping.
+    #[serde(with = "float")]
     pub grad_norm: f64,
     /// Training speed since the last record, evaluation and checkpoints left out.
+    #[serde(with = "float")]
     pub tokens_per_second: f64,
     /// Seconds of training so far, evaluation and checkpoints left out.
+    #[serde(with = "float")]
     pub seconds: f64,
 }
 
@@ -74,10 +93,13 @@ pub struct EvalRecord {
     /// Tokens seen in training.
     pub tokens: u64,
     /// Mean cross-entropy in nats over the predicted tokens of the held-out text.
+    #[serde(with = "float")]
     pub loss: f64,
     /// Share of predicted tokens that are right, 0 to 1.
+    #[serde(with = "float")]
     pub accuracy: f64,
     /// `exp(loss)`.
+    #[serde(with = "float")]
     pub perplexity: f64,
 }
 
@@ -87,14 +109,311 @@ pub struct RunSummary {
     /// Optimizer steps done.
     pub step: u64,
     /// Seconds of training, evaluation and checkpoints left out.
+    #[serde(with = "float")]
     pub seconds: f64,
     /// Mean training speed.
+    #[serde(with = "float")]
     pub train_tokens_per_second: f64,
     /// Forward-only speed on the evaluation text.
+    #[serde(with = "float")]
     pub inference_tokens_per_second: f64,
     /// Highest memory in use during a training step beyond parameters, gradients kept for the
     /// update and optimizer state.
     pub peak_activation_bytes: u64,
     /// Bytes of the optimizer state.
     pub optimizer_bytes: u64,
+}
+
+/// Writes a run's records: `metrics.jsonl` for the report, `tensorboard/` to watch it live.
+///
+/// Each record reaches the operating system before [`RunWriter::write`] returns, so a killed
+/// process loses no whole line.
+pub struct RunWriter {
+    path: PathBuf,
+    metrics: File,
+    scalars: FileWriter,
+}
+
+impl RunWriter {
+    /// Starts the records of a new run in `dir`, which is made where missing.
+    ///
+    /// # Errors
+    /// Where `dir` already holds a run, or cannot be written.
+    pub fn create(dir: &Path, header: &RunHeader) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let path = dir.join(METRICS_FILE);
+        let metrics = match OpenOptions::new().append(true).create_new(true).open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
+                "{} already holds a run: resume it, or choose another folder",
+                path.display()
+            ),
+            opened => opened.with_context(|| format!("cannot create {}", path.display()))?,
+        };
+        let mut writer = Self {
+            path,
+            metrics,
+            scalars: open_scalars(dir)?,
+        };
+        writer.write(&Record::Run(Box::new(header.clone())))?;
+        Ok(writer)
+    }
+
+    /// Continues the records of the run in `dir` after optimizer step `step`.
+    ///
+    /// Training and evaluation records of later steps and the summary are dropped, so that the
+    /// records of a resumed run equal those of an uninterrupted one. TensorBoard is told to drop
+    /// the same steps by a session start event.
+    ///
+    /// # Errors
+    /// Where `dir` holds no run, or a line of it is no record.
+    pub fn resume(dir: &Path, step: u64) -> Result<Self> {
+        let path = dir.join(METRICS_FILE);
+        let mut kept = Vec::new();
+        for (record, _) in parse(&path, &read(&path)?)?.0 {
+            let keep = match &record {
+                Record::Run(_) => true,
+                Record::Train(train) => train.step <= step,
+                Record::Eval(eval) => eval.step <= step,
+                Record::Summary(_) => false,
+            };
+            if keep {
+                kept.extend(line(&record)?);
+            }
+        }
+        write_atomic(&path, &kept)?;
+        let metrics = OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot append to {}", path.display()))?;
+        let mut scalars = open_scalars(dir)?;
+        let mut session = SessionLog::new();
+        session.set_status(SessionLog_SessionStatus::START);
+        let mut event = Event::new();
+        event.set_session_log(session);
+        scalars.add_event(&event, step as usize + 1);
+        Ok(Self {
+            path,
+            metrics,
+            scalars,
+        })
+    }
+
+    /// Appends one record.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn write(&mut self, record: &Record) -> Result<()> {
+        // One call, so that a killed process tears at most the last line.
+        self.metrics
+            .write_all(&line(record)?)
+            .with_context(|| format!("cannot append to {}", self.path.display()))?;
+        match record {
+            Record::Train(r) => self.mirror(
+                r.step,
+                &[
+                    ("train/loss", r.loss),
+                    ("train/lr", r.lr),
+                    ("train/grad_norm", r.grad_norm),
+                    ("train/tokens_per_second", r.tokens_per_second),
+                ],
+            ),
+            Record::Eval(r) => self.mirror(
+                r.step,
+                &[
+                    ("eval/loss", r.loss),
+                    ("eval/accuracy", r.accuracy),
+                    ("eval/perplexity", r.perplexity),
+                ],
+            ),
+            Record::Run(_) | Record::Summary(_) => {}
+        }
+        Ok(())
+    }
+
+    fn mirror(&mut self, step: u64, scalars: &[(&str, f64)]) {
+        for (tag, value) in scalars {
+            let summary = tensorboard_rs::summary::scalar(tag, *value as f32);
+            self.scalars.add_summary(summary, step as usize);
+        }
+        self.scalars.flush();
+    }
+}
+
+/// The records of one run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// The file read.
+    pub path: PathBuf,
+    /// What was run.
+    pub header: RunHeader,
+    /// Training records, steps increasing.
+    pub train: Vec<TrainRecord>,
+    /// Evaluations, steps increasing.
+    pub eval: Vec<EvalRecord>,
+    /// Present where the run reached its end.
+    pub summary: Option<RunSummary>,
+    /// What a reader of the numbers should know, such as a torn last line.
+    pub warnings: Vec<String>,
+}
+
+/// Reads a run from its folder or its `metrics.jsonl`.
+///
+/// A last line without its newline that is no whole record is what a killed process leaves: it
+/// is left out with a warning.
+///
+/// # Errors
+/// Where the file is missing, empty, does not begin with a run header, holds a line that is no
+/// record, or steps that do not increase; the message names file and line.
+pub fn read_run(path: &Path) -> Result<Run> {
+    let path = if path.is_dir() {
+        path.join(METRICS_FILE)
+    } else {
+        path.to_path_buf()
+    };
+    let (records, torn) = parse(&path, &read(&path)?)?;
+    let at = |number: usize| format!("{}:{number}", path.display());
+
+    let mut records = records.into_iter();
+    let header = match records.next() {
+        Some((Record::Run(header), _)) => *header,
+        Some((_, number)) => {
+            bail!(
+                "{}: expected the run header (\"kind\": \"run\") first",
+                at(number)
+            )
+        }
+        None => bail!(
+            "{}: no records: the run wrote nothing before it ended",
+            path.display()
+        ),
+    };
+    let mut run = Run {
+        header,
+        train: Vec::new(),
+        eval: Vec::new(),
+        summary: None,
+        warnings: torn.into_iter().collect(),
+        path: path.clone(),
+    };
+    for (record, number) in records {
+        ensure!(
+            run.summary.is_none(),
+            "{}: a record after the run's summary",
+            at(number)
+        );
+        match record {
+            Record::Run(_) => bail!(
+                "{}: a second run header: one file holds one run",
+                at(number)
+            ),
+            Record::Train(r) => {
+                check_step(run.train.last().map(|last| last.step), r.step, &at(number))?;
+                run.train.push(r);
+            }
+            Record::Eval(r) => {
+                check_step(run.eval.last().map(|last| last.step), r.step, &at(number))?;
+                run.eval.push(r);
+            }
+            Record::Summary(r) => run.summary = Some(r),
+        }
+    }
+    if run.summary.is_none() {
+        let step = run.train.last().map_or(0, |r| r.step);
+        run.warnings.push(format!(
+            "{}: stopped after step {step} of {}",
+            path.display(),
+            run.header.total_steps
+        ));
+    }
+    Ok(run)
+}
+
+/// Writes `bytes` to `path` so that the name never holds a part of them.
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temp = path.as_os_str().to_owned();
+    temp.push(".tmp");
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&temp)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temp, path)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn open_scalars(dir: &Path) -> Result<FileWriter> {
+    // Made here, because the TensorBoard writer panics where it cannot.
+    let dir = dir.join("tensorboard");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(FileWriter::new(dir))
+}
+
+fn line(record: &Record) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(record).context("cannot write a record as JSON")?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The records with their line numbers, and a warning where the last line is torn.
+fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<(Record, usize)>, Option<String>)> {
+    let mut records = Vec::new();
+    for (line, number) in bytes.split_inclusive(|byte| *byte == b'\n').zip(1..) {
+        match serde_json::from_slice(line) {
+            Ok(record) => records.push((record, number)),
+            Err(_) if !line.ends_with(b"\n") => {
+                let warning = format!("{}:{number}: left out a torn last line", path.display());
+                return Ok((records, Some(warning)));
+            }
+            Err(error) => bail!("{}:{number}: not a run's record: {error}", path.display()),
+        }
+    }
+    Ok((records, None))
+}
+
+fn check_step(last: Option<u64>, step: u64, at: &str) -> Result<()> {
+    if let Some(last) = last {
+        ensure!(
+            step > last,
+            "{at}: step {step} after step {last}, expected increasing steps"
+        );
+    }
+    Ok(())
+}
+
+/// Numbers that may be NaN or infinite, see the module's description.
+mod float {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Float {
+        Number(f64),
+        Name(String),
+    }
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        let name = match *value {
+            f64::INFINITY => "Infinity",
+            f64::NEG_INFINITY => "-Infinity",
+            value if value.is_nan() => "NaN",
+            value => return serializer.serialize_f64(value),
+        };
+        serializer.serialize_str(name)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        match Float::deserialize(deserializer)? {
+            Float::Number(value) => Ok(value),
+            Float::Name(name) => match name.as_str() {
+                "NaN" => Ok(f64::NAN),
+                "Infinity" => Ok(f64::INFINITY),
+                "-Infinity" => Ok(f64::NEG_INFINITY),
+                _ => Err(D::Error::custom(format!("expected a number, got {name:?}"))),
+            },
+        }
+    }
 }
