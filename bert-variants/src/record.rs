@@ -358,8 +358,11 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The records with their line numbers, and a warning where the last line is torn.
-fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<(Record, usize)>, Option<String>)> {
+/// A record and the number of its line.
+type Numbered = (Record, usize);
+
+/// The records, and a warning where the last line is torn.
+fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<Numbered>, Option<String>)> {
     let mut records = Vec::new();
     for (line, number) in bytes.split_inclusive(|byte| *byte == b'\n').zip(1..) {
         match serde_json::from_slice(line) {

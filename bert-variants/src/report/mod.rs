@@ -39,7 +39,7 @@ impl Default for ReportOptions {
     fn default() -> Self {
         Self {
             title: "Position encodings compared".to_string(),
-            smoothing: 0.9,
+            smoothing: 0.8,
         }
     }
 }

@@ -249,7 +249,7 @@ impl Chart {
                 (x, y) = (30, y + 42);
             }
             let color = PALETTE[i % PALETTE.len()].stroke_width(8);
-            area.draw(&PathElement::new([(x, y + 16), (x + 56, y + 16)], color))?;
+            area.draw(&PathElement::new([(x, y + 10), (x + 56, y + 10)], color))?;
             area.draw_text(&series.label, &label, (x + 70, y))?;
             x += width;
         }
@@ -319,7 +319,11 @@ impl Chart {
             .bold_line_style(BLACK.mix(0.12))
             .axis_style(BLACK.mix(0.6).stroke_width(2))
             .x_labels(7)
-            .y_labels(8)
+            .y_labels(if y.start > 0.0 && y.end / y.start > 20.0 {
+                20
+            } else {
+                8
+            })
             .x_label_formatter(&|step| short(*step))
             .y_label_formatter(&|value| tick(*value, &range))
             .label_style(("sans-serif", 26))
@@ -336,7 +340,7 @@ impl Chart {
                 chart.draw_series(LineSeries::new(raw, color.mix(0.25).stroke_width(2)))?;
             }
             let every = series.mean.len().div_ceil(MAX_POINTS / 2);
-            let kept = |i: &usize| i % every == 0 || i + 1 == series.mean.len();
+            let kept = |i: &usize| i.is_multiple_of(every) || i + 1 == series.mean.len();
             let band = (0..series.mean.len()).filter(kept).map(|i| series.mean[i]);
             let band: Vec<_> = band
                 .filter(|p| p.x >= x.start)
@@ -364,7 +368,7 @@ impl Chart {
                 .collect();
             // Schedules usually coincide: each later line is drawn thinner, so that all show.
             let width = match self.kind {
-                Kind::LearningRate => 4 + 6 * (self.series.len() - 1 - i) as u32,
+                Kind::LearningRate => 4 + 4 * (self.series.len() - 1 - i) as u32,
                 _ => 4,
             };
             if mean.len() == 1 || (self.kind == Kind::EvalLoss && mean.len() <= 40) {

@@ -235,12 +235,12 @@ fn order(objective: Objective) -> u8 {
 pub(super) fn summarize(title: &str, groups: &[Group]) -> Summary {
     let fairness = fairness::check(groups);
     let mut warnings = fairness.warnings.clone();
-    warnings.extend(
-        groups
-            .iter()
-            .flat_map(|g| &g.runs)
-            .flat_map(|run| run.warnings.clone()),
-    );
+    for run in groups.iter().flat_map(|g| &g.runs) {
+        warnings.extend(run.warnings.clone());
+        if run.eval.is_empty() {
+            warnings.push(format!("{}: no evaluations", run.path.display()));
+        }
+    }
     let mut summary = Summary {
         title: title.to_string(),
         warnings,
