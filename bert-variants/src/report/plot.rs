@@ -264,7 +264,7 @@ impl Chart {
     ) -> Drawn<DB> {
         let whole = x.start == 0.0;
         let y = self.y_range(&x);
-        if self.kind == Kind::GradientNorm && y.start > 0.0 && y.end / y.start > 20.0 {
+        if self.is_log(&y) {
             let low = 10f64.powf((y.start.log10() * 2.0).floor() / 2.0);
             let y = low..y.end * 1.3;
             self.draw_axes(area, x, x_title, y.clone().log_scale(), &y, whole)
@@ -275,6 +275,11 @@ impl Chart {
             let y = low..y.end + margin;
             self.draw_axes(area, x, x_title, y.clone(), &y, whole)
         }
+    }
+
+    /// Spikes would press the rest of a linear axis flat.
+    fn is_log(&self, y: &Range<f64>) -> bool {
+        self.kind == Kind::GradientNorm && y.start > 0.0 && y.end / y.start > 20.0
     }
 
     /// The values to show inside `x`.
@@ -313,19 +318,19 @@ impl Chart {
             .y_label_area_size(130)
             .build_cartesian_2d(x.clone(), axis)?;
         let range = y.clone();
+        let log = self.is_log(y);
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.12))
             .axis_style(BLACK.mix(0.6).stroke_width(2))
             .x_labels(7)
-            .y_labels(if y.start > 0.0 && y.end / y.start > 20.0 {
-                20
-            } else {
-                8
-            })
+            .y_labels(if log { 20 } else { 8 })
             .x_label_formatter(&|step| short(*step))
-            .y_label_formatter(&|value| tick(*value, &range))
+            .y_label_formatter(&|value| match log {
+                true => log_tick(*value),
+                false => tick(*value, &range),
+            })
             .label_style(("sans-serif", 26))
             .axis_desc_style(("sans-serif", 28))
             .x_desc(x_title)
@@ -400,6 +405,16 @@ fn short(value: f64) -> String {
     format!("{}{unit}", (value * 1e3).round() / 1e3)
 }
 
+/// Of a logarithmic axis, 1, 2 and 5 in each decade: more would run into each other.
+fn log_tick(value: f64) -> String {
+    let text = format!("{value:.0e}");
+    match text.as_bytes()[0] {
+        b'1' | b'2' | b'5' if value.abs() < 1e-3 => text,
+        b'1' | b'2' | b'5' => format!("{}", (value * 1e3).round() / 1e3),
+        _ => String::new(),
+    }
+}
+
 /// With as many digits as tell one tick from the next.
 fn tick(value: f64, range: &Range<f64>) -> String {
     let size = range.end.abs().max(range.start.abs());
@@ -422,12 +437,7 @@ fn tick(value: f64, range: &Range<f64>) -> String {
     } else {
         digits
     };
-    let text = format!("{value:.digits$}");
-    if value.abs() < 1.0 && text.parse() == Ok(0.0) {
-        format!("{value:.0e}")
-    } else {
-        text
-    }
+    format!("{value:.digits$}")
 }
 
 #[cfg(test)]
@@ -440,7 +450,7 @@ mod tests {
         assert_eq!(short(2e6), "2M");
         assert_eq!(tick(2.5, &(2.0..3.0)), "2.5");
         assert_eq!(tick(1.5e-4, &(0.0..3e-4)), "1.5e-4");
-        assert_eq!(tick(0.02, &(0.01..80.0)), "2e-2");
+        assert_eq!([0.2, 4.0, 10.0].map(log_tick), ["0.2", "", "10"]);
     }
 
     #[test]
