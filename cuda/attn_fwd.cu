@@ -1,0 +1,184 @@
+#include "launch.cuh"
+#include "softmax.cuh"
+
+namespace attn {
+
+// Tile shape for elements of kSize bytes and tile width D: a block owns 16 * MT * kWarps queries
+// and walks over the keys kN at a time. kKeepQ: query fragments stay in registers.
+// kBlocks: blocks per multiprocessor that the registers must allow.
+template <int kSize, int D>
+struct FwdConfig {
+  static constexpr int MT = D <= 128 ? 2 : 1, kWarps = 4;
+  static constexpr int kN = D <= 64 ? 128 : D <= 128 ? 64 : 32, kBlocks = 1;
+  static constexpr bool kKeepQ = false;
+};
+template <int D>
+struct FwdConfig<4, D> {
+  static constexpr int MT = 1, kWarps = D <= 128 ? 4 : 2, kN = D <= 128 ? 32 : 16;
+  static constexpr int kBlocks = 1;
+  static constexpr bool kKeepQ = false;
+};
+
+template <class T, int D>
+struct FwdShape : FwdConfig<sizeof(T), D> {
+  using C = FwdConfig<sizeof(T), D>;
+  static constexpr int kM = 16 * C::MT * C::kWarps, kThreads = 32 * C::kWarps;
+  static constexpr int kQ = kM * D, kTile = C::kN * D;  // elements
+  static constexpr size_t kSmem = (kQ + 4 * kTile) * sizeof(T);
+  static_assert(C::kWarps * kStageFloats<D> * 4 <= kSmem, "the store stages in the same memory");
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(FwdShape<T, D>::kThreads, FwdShape<T, D>::kBlocks)
+    fwd_kernel(const __grid_constant__ KernelParams p) {
+  using S = FwdShape<T, D>;
+  constexpr int MT = S::MT, kN = S::kN, NT = kN / 8;
+  extern __shared__ __align__(128) char smem[];
+  T* q_tile = reinterpret_cast<T*>(smem);
+  T* k_tile = q_tile + S::kQ;  // two stages of K, then two of V
+  T* v_tile = k_tile + 2 * S::kTile;
+
+  BlockIndex index(p);
+  const Sequence seq = sequence(p, index.batch);
+  const Window window(p);
+  // A causal block's work grows with its position: start the longest first.
+  const int q0 = (p.causal ? p.blocks - 1 - index.block : index.block) * S::kM;
+  if (q0 >= seq.len) return;
+  const int warp_q0 = q0 + warp_id() * 16 * MT;
+  const int k_begin = window.first_key(q0) / kN * kN;
+  const int k_end = min(seq.key_end, window.end_key(q0, S::kM));
+
+  using KeyLoader = TileLoader<T, D, kN, S::kThreads>;
+  const KeyLoader k_loader(head_ptr<T>(p.k, index.batch, index.head, seq.first_row),
+                           p.k.row_stride, seq.key_end, p.head_dim, p.vec, seq.key_mask);
+  const KeyLoader v_loader(head_ptr<T>(p.v, index.batch, index.head, seq.first_row),
+                           p.v.row_stride, seq.key_end, p.head_dim, p.vec, seq.key_mask);
+  auto load_keys = [&](int k0, int stage) {
+    k_loader.load(k_tile + stage * S::kTile, k0);
+    v_loader.load(v_tile + stage * S::kTile, k0);
+  };
+  TileLoader<T, D, S::kM, S::kThreads>(head_ptr<T>(p.q, index.batch, index.head, seq.first_row),
+                                       p.q.row_stride, seq.len, p.head_dim, p.vec)
+      .load(q_tile, q0);
+  load_keys(k_begin, 0);
+  cp_async_wait();
+  __syncthreads();
+  const Rope rope(p);
+  if (rope.cos != nullptr) {
+    if (p.rope_vec) {
+      rotate_tile<T, D, S::kM, S::kThreads, kChunk<T>>(q_tile, rope, q0, seq.len);
+    } else {
+      rotate_tile<T, D, S::kM, S::kThreads, 1>(q_tile, rope, q0, seq.len);
+    }
+    __syncthreads();
+  }
+  const RowOperand<T, D, MT, S::kKeepQ> q(q_tile, warp_id() * 16 * MT);
+
+  // The softmax takes maxima of scores, so a negative scale moves its sign into them.
+  const bool negate = p.softmax_scale < 0.0f;
+  const float scale_log2 = fmaxf(fabsf(p.softmax_scale) * kLog2e, 1e-30f);
+  float out[MT][D / 8][4] = {};
+  OnlineSoftmax<MT> softmax;
+  int stage = 0;
+  for (int k0 = k_begin; k0 < k_end; k0 += kN) {
+    if (k0 + kN < k_end) load_keys(k0 + kN, stage ^ 1);
+    float s[MT][NT][4] = {};
+    gemm_abt<T, D>(s, q, k_tile + stage * S::kTile, 0);
+    if (negate) {
+#pragma unroll
+      for (int i = 0; i < MT * NT * 4; ++i) (&s[0][0][0])[i] *= -1.0f;
+    }
+    if (!all_keys(seq, k0, kN) || !window.covers(warp_q0, 16 * MT, k0, kN)) {
+      mask_scores(s, seq, window, warp_q0, k0, -INFINITY);
+    }
+    softmax.update(s, out, scale_log2);
+    Fragment<T> probs[MT][kN / Fragment<T>::kK];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) to_a<T>(probs[m], s[m]);
+    gemm_ab<T, D, MT, NT>(out, probs, v_tile + stage * S::kTile, 0);
+    // The next tile is visible to all, and all are done with this one.
+    cp_async_wait();
+    __syncthreads();
+    stage ^= 1;
+  }
+  // Also when there was no tile: every warp is done with the shared memory that is staged in now.
+  __syncthreads();
+
+  float lse[MT][2];
+  softmax.finish(out, lse, scale_log2);
+  float* lse_row = p.lse + seq.lse_row + index.head * seq.lse_head_stride;
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) {
+    const int row = warp_q0 + i * 8 + lane_id() / 4;
+    if (lane_id() % 4 == 0 && row < seq.len) lse_row[row] = lse[i / 2][i % 2];
+  }
+  store_rows<T, D, MT>(out, reinterpret_cast<float*>(smem) + warp_id() * kStageFloats<D>,
+                       head_ptr<T>(p.o, index.batch, index.head, seq.first_row), p.o.row_stride,
+                       warp_q0, seq.len, p.head_dim, 1.0f, Rope::none(), p.vec);
+}
+
+// k of the workspace = rotated k.
+constexpr int kRotateRows = 8, kRotateThreads = 256;
+
+template <class T, int W>
+__global__ void __launch_bounds__(kRotateThreads)
+    rotate_keys_kernel(const __grid_constant__ KernelParams p, AttnTensor rotated) {
+  const int batch = blockIdx.x / p.blocks, row0 = blockIdx.x % p.blocks * kRotateRows;
+  const Sequence seq = sequence(p, batch);
+  rotate_rows<T, W>(p.k, rotated, Rope(p), batch, p.num_heads, seq.first_row, row0,
+                    min(kRotateRows, seq.len - row0));
+}
+
+template <class T>
+int fwd(const AttnParams& params) {
+  KernelParams p(params);
+  p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o});
+  if (p.rope_cos != nullptr) {
+    const AttnTensor rotated = workspace_tensor(p, p.workspace);
+    p.blocks = ceil_div(p.seqlen, kRotateRows);
+    const int64_t blocks = static_cast<int64_t>(p.blocks) * p.batch;
+    if (p.rope_vec) {
+      ATTN_RETURN_IF(launch(rotate_keys_kernel<T, kChunk<T>>, blocks, kRotateThreads, 0, p.stream,
+                            p, rotated));
+    } else {
+      ATTN_RETURN_IF(
+          launch(rotate_keys_kernel<T, 1>, blocks, kRotateThreads, 0, p.stream, p, rotated));
+    }
+    p.k = rotated;
+  }
+  return for_head_dim(p, [&]<int D>() {
+    using S = FwdShape<T, D>;
+    const int64_t blocks = p.grid(S::kM);
+    return launch(fwd_kernel<T, D>, blocks, S::kThreads, S::kSmem, p.stream, p);
+  });
+}
+
+}  // namespace attn
+
+extern "C" {
+
+size_t attn_fwd_workspace_bytes(const AttnParams* p) {
+  return p->rope_cos != nullptr ? attn::workspace_tensor_bytes(*p) : 0;
+}
+
+int attn_fwd(const AttnParams* p) {
+  if (p == nullptr) return ATTN_ERR_NULL;
+  if (attn::empty(*p)) return ATTN_OK;
+  ATTN_RETURN_IF(attn::check(p, {p->q.ptr, p->k.ptr, p->v.ptr, p->o.ptr, p->lse}));
+  if (p->workspace == nullptr && attn_fwd_workspace_bytes(p) != 0) return ATTN_ERR_NULL;
+  return attn::for_dtype(*p, [&]<class T>() { return attn::fwd<T>(*p); });
+}
+
+const char* attn_error_string(int code) {
+  switch (code) {
+    case ATTN_ERR_NULL: return "a required pointer (tensor, lse or workspace) is null";
+    case ATTN_ERR_HEAD_DIM: return "head_dim must be 1 to 256";
+    case ATTN_ERR_DTYPE: return "dtype must be bf16, f16 or f32";
+    case ATTN_ERR_ROPE: return "RoPE needs both tables and an even head_dim";
+    case ATTN_ERR_SEQUENCES: return "at most one of cu_seqlens, key_lens and key_mask may be set";
+    case ATTN_ERR_SIZE: return "a size is negative, or the grid needs more than 2^31 - 1 blocks";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+}
+
+}  // extern "C"

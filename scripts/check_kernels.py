@@ -1,0 +1,386 @@
+#!/usr/bin/env python3
+"""Checks the CUDA attention kernels against PyTorch, and times them beside PyTorch's own.
+
+    scripts/build_kernels.sh && scripts/check_kernels.py target/cuda/libattn.so
+    scripts/check_kernels.py target/cuda/libattn.so --bench
+
+Needs a GPU and PyTorch. Every case compares the output, lse and all gradients with an f64
+computation. An error may be twice that of a naive computation in the same dtype plus twice the
+rounding of the exact result; in f32, where 3xTF32 products and tensor-core sums are a little
+coarser than plain f32, eight times (tf32 alone would need about a thousand). Outputs and workspaces start as NaN, and so do masked keys, so
+whatever is read or left out by mistake shows. Exit code 1 if any case fails.
+"""
+import argparse
+import ctypes
+import itertools
+import math
+import statistics
+import sys
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("ptr", ctypes.c_void_p), ("batch_stride", ctypes.c_int64),
+                ("row_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
+
+
+TENSORS = ["q", "k", "v", "o", "d_o", "dq", "dk", "dv"]
+POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "workspace", "stream"]
+INTS = ["batch", "seqlen", "num_heads", "head_dim", "dtype", "causal", "window_left",
+        "window_right", "rope_interleaved"]
+
+
+class Params(ctypes.Structure):
+    """AttnParams of cuda/attn_params.h."""
+    _fields_ = ([(n, Tensor) for n in TENSORS] + [(n, ctypes.c_void_p) for n in POINTERS]
+                + [("total_tokens", ctypes.c_int64)] + [(n, ctypes.c_int32) for n in INTS]
+                + [("softmax_scale", ctypes.c_float)])
+
+
+assert ctypes.sizeof(Params) == 368
+
+
+def load(path):
+    lib = ctypes.CDLL(path)
+    for name in ("attn_fwd", "attn_bwd"):
+        getattr(lib, name).argtypes = [ctypes.POINTER(Params)]
+        workspace = getattr(lib, name + "_workspace_bytes")
+        workspace.argtypes, workspace.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
+    lib.attn_error_string.restype = ctypes.c_char_p
+    return lib
+
+
+class Attention:
+    """One call's parameters. Tensors are [batch, seqlen, heads, head_dim] or, with cu_seqlens,
+    [total_tokens, heads, head_dim]."""
+
+    def __init__(self, lib, q, k, v, *, causal=False, window=(-1, -1), cu_seqlens=None,
+                 key_lens=None, key_mask=None, rope=None, interleaved=False, scale=None):
+        self.lib, self.keep = lib, [q, k, v, cu_seqlens, key_lens, key_mask, rope]
+        p = self.params = Params()
+        p.num_heads, p.head_dim = q.shape[-2:]
+        if cu_seqlens is None:
+            p.batch, p.seqlen = q.shape[:2]
+        else:
+            p.batch = len(cu_seqlens) - 1
+            p.seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        p.total_tokens = q.numel() // (p.num_heads * p.head_dim)
+        p.dtype = list(DTYPES.values()).index(q.dtype)
+        p.causal, (p.window_left, p.window_right) = causal, window
+        p.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+        for name, x in (("cu_seqlens", cu_seqlens), ("key_lens", key_lens), ("key_mask", key_mask)):
+            setattr(p, name, None if x is None else x.data_ptr())
+        if rope is not None:
+            p.rope_cos, p.rope_sin = rope[0].data_ptr(), rope[1].data_ptr()
+            p.rope_interleaved = interleaved
+        p.stream = torch.cuda.current_stream().cuda_stream
+        self.set(q=q, k=k, v=v)
+
+    def set(self, **tensors):
+        for name, x in tensors.items():
+            assert x.stride(-1) == 1
+            batch_stride = x.stride(0) if x.dim() == 4 else 0
+            setattr(self.params, name, Tensor(x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2)))
+            self.keep.append(x)
+
+    def workspace(self, which):
+        size = getattr(self.lib, which + "_workspace_bytes")(ctypes.byref(self.params))
+        space = torch.full((size // 4 + 64,), float("nan"), device="cuda")
+        self.params.workspace = space.data_ptr()
+        self.keep.append(space)
+        return space, size
+
+    def call(self, which):
+        code = getattr(self.lib, which)(ctypes.byref(self.params))
+        if code != 0:
+            raise RuntimeError(f"{which}: {code} {self.lib.attn_error_string(code).decode()}")
+
+
+def rope_tables(rows, head_dim):
+    inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device="cuda", dtype=torch.float64) / head_dim)
+    angle = torch.arange(rows, device="cuda", dtype=torch.float64)[:, None] * inv_freq
+    return angle.cos().float().contiguous(), angle.sin().float().contiguous()
+
+
+def rotate(x, cos, sin, interleaved):
+    """x [b, s, h, d]; cos, sin [s, d/2]. In f32 or f64, rounded to x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, (c, s) = x.to(wide), (t.to(wide)[:, None, :] for t in (cos, sin))
+    a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
+    ra, rb = a * c - b * s, a * s + b * c
+    y = torch.stack((ra, rb), -1).flatten(-2) if interleaved else torch.cat((ra, rb), -1)
+    return y.to(x.dtype)
+
+
+def naive(q, k, v, grad, mask, rope, interleaved, scale):
+    """o, lse, dq, dk, dv in the dtype of q [b, s, h, d]; mask [b, s, s] true = attend."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    rq, rk = (rotate(x, *rope, interleaved) if rope is not None else x for x in (q, k))
+    s = torch.einsum("bqhd,bkhd->bhqk", rq, rk) * scale
+    mask = mask[:, None]
+    some = mask.any(-1, keepdim=True)
+    s = s.masked_fill(~mask & some, -math.inf)
+    o = torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1) * some, v)
+    lse = s.logsumexp(-1).masked_fill(~some[..., 0], -math.inf)
+    return [o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), grad)]
+
+
+def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window=(-1, -1),
+             rope="none", layout="packed", scale=None, seed=0, reference=True):
+    """Worst error / bound of one case, by result; without a reference, only the other checks."""
+    torch.manual_seed(seed)
+    T = DTYPES[dtype]
+    varlen = seqs == "cu_seqlens"
+    if varlen:
+        rows, batch = sum(lens), 1
+    else:
+        rows, batch = max(lens), len(lens)
+    gap = {"packed": 0, "aligned": 8, "odd": 1}[layout]
+
+    def buffer(parts):
+        base = torch.full((batch, rows, parts, heads, d + gap), float("nan"), device="cuda", dtype=T)
+        return base, base[..., :d]
+
+    base, qkv = buffer(3)
+    qkv.copy_(torch.randn(qkv.shape, device="cuda"))
+    do_base, grad = buffer(1)
+    grad.copy_(torch.randn(grad.shape, device="cuda"))
+    position = torch.arange(rows, device="cuda")
+    mask = torch.ones(batch, rows, rows, dtype=torch.bool, device="cuda")
+    args = {}
+    if varlen:
+        owner = torch.cat([torch.full((n,), i) for i, n in enumerate(lens)]).cuda()
+        position = torch.cat([torch.arange(n) for n in lens]).cuda()
+        mask &= owner[:, None] == owner[None, :]
+        cu = list(itertools.accumulate(lens, initial=0))
+        args["cu_seqlens"] = torch.tensor(cu, dtype=torch.int32, device="cuda")
+    keys = torch.ones(batch, rows, dtype=torch.bool, device="cuda")
+    if seqs == "key_lens":
+        args["key_lens"] = torch.tensor(lens, dtype=torch.int32, device="cuda")
+        keys = position[None] < args["key_lens"][:, None]
+    if seqs == "key_mask":
+        keys = torch.rand(batch, rows, device="cuda") < 0.7
+        keys[-1] = False
+        args["key_mask"] = keys.to(torch.uint8)
+    mask &= keys[:, None, :]
+    distance = position[None, :] - position[:, None]  # key - query
+    if causal:
+        mask &= distance <= 0
+    if window[0] >= 0:
+        mask &= distance >= -window[0]
+    if window[1] >= 0:
+        mask &= distance <= window[1]
+    q, k, v = (x.clone() for x in qkv.unbind(2))
+    k[~keys] = 0
+    v[~keys] = 0
+    interleaved = rope == "interleaved"
+    tables = rope_tables(rows, d) if rope != "none" else None
+    scale = d ** -0.5 if scale is None else scale
+    at = None if tables is None else [t[position] for t in tables]
+    g = grad[:, :, 0]
+    if reference:
+        exact = naive(q.double(), k.double(), v.double(), g.double(), mask, at, interleaved, scale)
+        same = naive(q, k, v, g, mask, at, interleaved, scale)
+
+    qkv[:, :, 1:][~keys[:, :, None].expand(-1, -1, 2)] = float("nan")
+    out_base, out = buffer(4)
+    lse = torch.full((batch, heads, rows), float("nan"), device="cuda")
+    one = (lambda x: x[0]) if varlen else (lambda x: x)
+    a = Attention(lib, *(one(x) for x in qkv.unbind(2)), causal=causal, window=window, rope=tables,
+                  interleaved=interleaved, scale=scale, **args)
+    o, dq, dk, dv = out.unbind(2)
+    a.params.lse = lse.data_ptr()
+    a.set(o=one(o), d_o=one(g), dq=one(dq), dk=one(dk), dv=one(dv))
+    problems = []
+    for which in ("attn_fwd", "attn_bwd", "attn_bwd"):
+        space, size = a.workspace(which)
+        first = out.clone()
+        a.call(which)
+        torch.cuda.synchronize()
+        if not space[(size + 3) // 4:].isnan().all():
+            problems.append("workspace overrun")
+    if not torch.equal(out, first):
+        problems.append("backward is not deterministic")
+    if gap and not (out_base[..., d:].isnan().all() and base[..., d:].isnan().all()):
+        problems.append("wrote between rows")
+    ratios = {}
+    if not reference:
+        if out.isnan().any() or lse.isnan().any():
+            problems.append("NaN")
+        return ratios, problems
+    eps = torch.finfo(T).eps
+    for name, got, want, other in zip(("o", "lse", "dq", "dk", "dv"), (o, lse, dq, dk, dv), exact, same):
+        got = got.double()
+        if name == "lse":
+            if not torch.equal(got.isinf(), want.isinf()):
+                problems.append("lse of masked rows")
+            got, want, other = (x.masked_fill(x.isinf(), 0.0) for x in (got, want, other.double()))
+        bound = (8 if dtype == "f32" else 2) * (other.double() - want).abs().max() + 2 * (want.to(T).double() - want).abs().max()
+        bound += (256 if dtype == "f32" else 1 / 16) * eps * max(1.0, want.abs().max())
+        ratio = ((got - want).abs().max() / bound).item()
+        ratios[name] = math.inf if math.isnan(ratio) else ratio
+    return ratios, problems
+
+
+def cases(sanitize):
+    """Every feature at every dtype and head_dim, at lengths around the tile sizes; or a short table."""
+    table = []
+
+    def add(**case):
+        table.append(case)
+
+    if sanitize:
+        for dtype in DTYPES:
+            for d in (64, 128):
+                add(dtype=dtype, d=d, lens=[65, 130], seqs="key_mask", rope="half")
+                add(dtype=dtype, d=d, lens=[1, 70, 129], seqs="cu_seqlens", causal=True, rope="interleaved")
+        add(dtype="bf16", d=32, lens=[129, 0], seqs="key_lens", causal=True)
+        add(dtype="bf16", d=96, lens=[129], window=(20, 5), rope="half")
+        add(dtype="bf16", d=40, lens=[67], layout="odd", rope="half")
+        add(dtype="bf16", d=256, lens=[67], layout="aligned", rope="half")
+        add(dtype="f32", d=256, lens=[67], layout="aligned", rope="half")
+        add(dtype="f16", d=33, lens=[67], layout="odd")
+        return table
+    for dtype, d in itertools.product(DTYPES, (32, 64, 96, 128, 256)):
+        for n in (1, 2, 17, 63, 64, 65, 127, 128, 129, 200, 257):
+            add(dtype=dtype, d=d, lens=[n, n], causal=n % 2 == 0, rope="half" if n % 3 == 0 else "none")
+        for rope, causal in itertools.product(("none", "half", "interleaved"), (False, True)):
+            add(dtype=dtype, d=d, lens=[300, 300], rope=rope, causal=causal)
+            add(dtype=dtype, d=d, lens=[190, 77, 0, 129], seqs="key_lens", rope=rope, causal=causal)
+            add(dtype=dtype, d=d, lens=[131, 131, 131], seqs="key_mask", rope=rope, causal=causal)
+            add(dtype=dtype, d=d, lens=[1, 64, 0, 65, 200, 127], seqs="cu_seqlens", rope=rope, causal=causal)
+        for window in ((0, 0), (10, 10), (64, 0), (-1, 3), (100, -1)):
+            add(dtype=dtype, d=d, lens=[270], window=window, rope="half")
+        add(dtype=dtype, d=d, lens=[190, 77, 5], seqs="key_lens", window=(20, 20))
+        for layout in ("aligned", "odd"):
+            add(dtype=dtype, d=d, lens=[150, 150], layout=layout, rope="interleaved")
+            add(dtype=dtype, d=d, lens=[33, 90], seqs="cu_seqlens", layout=layout, rope="half")
+        add(dtype=dtype, d=d, lens=[1000], causal=True, heads=3)
+        add(dtype=dtype, d=d, lens=[1024], rope="half")
+        for scale in (-0.3, 0.0, 1.5):
+            add(dtype=dtype, d=d, lens=[100], scale=scale)
+    for dtype, d in itertools.product(DTYPES, (1, 2, 8, 16, 24, 33, 40, 48, 50, 80, 112, 160, 192, 250)):
+        add(dtype=dtype, d=d, lens=[130, 130], rope="half" if d % 2 == 0 else "none")
+        add(dtype=dtype, d=d, lens=[70, 5], seqs="cu_seqlens", causal=True,
+            rope="interleaved" if d % 2 == 0 else "none")
+        add(dtype=dtype, d=d, lens=[70, 99], seqs="key_mask", layout="odd")
+    return table
+
+
+def check(lib, sanitize):
+    failed, worst, count = 0, {}, {}
+    for case in cases(sanitize):
+        ratios, problems = run_case(lib, **case, reference=not sanitize)
+        dtype = case["dtype"]
+        count[dtype] = count.get(dtype, 0) + 1
+        for name, ratio in ratios.items():
+            worst[dtype, name] = max(worst.get((dtype, name), 0.0), ratio)
+        if problems or max(ratios.values(), default=0.0) > 1:
+            failed += 1
+            if failed <= 25:
+                shown = {n: round(r, 2) for n, r in ratios.items()}
+                print("FAILED", case, shown, *problems, flush=True)
+    print("worst error / allowed error, by dtype (1 = limit)")
+    for dtype, n in count.items():
+        row = " ".join(f"{name} {ratio:.2f}" for (t, name), ratio in worst.items() if t == dtype)
+        print(f"  {dtype:5} {n:4} cases: {row}")
+    print(f"{sum(count.values())} cases, {failed} failed", flush=True)
+    return failed
+
+
+def median_ms(fn, repeats=7):
+    """Median time of one call, of calls enqueued back to back."""
+    fn()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    torch.cuda.synchronize()
+    calls = max(3, min(40, int(8 / max(start.elapsed_time(end), 0.02))))
+    times = []
+    for _ in range(repeats):
+        start.record()
+        for _ in range(calls):
+            fn()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
+    """TFLOP/s, forward / backward; causal counts half the work. 16,384 tokens of width 2048, bf16."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    import torch.nn.functional as F
+    compiled = torch.compile(rotate, dynamic=False) if with_rope else None
+    print("bf16, 16384 tokens, width 2048; TFLOP/s fwd / bwd; x = ours / FA2")
+    for d, causal, n in itertools.product(head_dims, causals, lengths):
+        heads, batch = 2048 // d, 16384 // n
+        flop = 4 * batch * heads * n * n * d * (0.5 if causal else 1)
+        shape = (batch, n, heads, d)
+        q, k, v, g = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+        o, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
+        lse = torch.empty(batch, heads, n, device="cuda")
+        rope = rope_tables(n, d)
+        row = {}
+        for name in ("ours", "ours+rope"):
+            a = Attention(lib, q, k, v, causal=causal, rope=rope if "rope" in name else None)
+            a.params.lse = lse.data_ptr()
+            a.set(o=o, d_o=g, dq=dq, dk=dk, dv=dv)
+            a.workspace("attn_bwd")  # at least as large as the forward's
+            row[name] = [median_ms(lambda w=w: a.call(w)) for w in ("attn_fwd", "attn_bwd")]
+        backends = {"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+        for name, backend in backends.items() if peers else ():
+            for roped in ((False, True) if with_rope else (False,)):
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+                def attention():
+                    x = [compiled(t, *rope, False) for t in leaves[:2]] if roped else leaves[:2]
+                    x = [t.transpose(1, 2) for t in (*x, leaves[2])]
+                    return F.scaled_dot_product_attention(*x, is_causal=causal)
+
+                with sdpa_kernel(backend):
+                    with torch.no_grad():
+                        fwd = median_ms(attention)
+                    out = attention()
+                    gt = g.transpose(1, 2)
+                    bwd = median_ms(lambda: torch.autograd.grad(out, leaves, gt, retain_graph=True))
+                row[name + "+rope" * roped] = [fwd, bwd]
+        text = f"d{d:<4}{'causal' if causal else 'full':7}{n:6}"
+        for name, (fwd, bwd) in row.items():
+            text += f" | {name} {flop / fwd / 1e9:4.0f} / {2.5 * flop / bwd / 1e9:4.0f}"
+        for suffix in ("", "+rope"):
+            if "FA2" + suffix in row:
+                x = [b / a for a, b in zip(row["ours" + suffix], row["FA2" + suffix])]
+                text += f" | x{suffix} {x[0]:.2f} / {x[1]:.2f}"
+        print(text, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", help="the shared library that build_kernels.sh made")
+    parser.add_argument("--sanitize", action="store_true",
+                        help="a short case table without references, for compute-sanitizer")
+    parser.add_argument("--bench", action="store_true", help="time instead of check")
+    parser.add_argument("--no-peers", action="store_true", help="with --bench: only our kernels")
+    parser.add_argument("--rope-peers", action="store_true",
+                        help="with --bench: also the peers behind a compiled RoPE")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--causal", type=int, nargs="+", default=[0, 1])
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("check_kernels.py: PyTorch sees no GPU; run it on a machine with one")
+    lib = load(args.library)
+    if args.bench:
+        bench(lib, args.head_dims, args.lengths, args.causal, args.rope_peers, not args.no_peers)
+    else:
+        sys.exit(1 if check(lib, args.sanitize) else 0)
+
+
+if __name__ == "__main__":
+    main()
