@@ -1,3 +1,37 @@
+// Attention, backward: dq, dk, dv from q, k, v, o, lse and d_o. Deterministic: no atomics.
+//
+//   stats = (lse, delta = dot(d_o, o)) of each query; if RoPE: workspace <- rotated q and k
+//   for each block of keys of each head (one thread block):                    dkv_kernel
+//     for each tile of queries that see some key of the block:
+//       start loading the next q, d_o, stats
+//       p^T = exp(k q^T - lse), 0 where masked;  dv += p^T d_o
+//       ds^T = p^T * (v d_o^T - delta);          dk += ds^T q
+//     dk *= scale; if RoPE, rotate dk back in f32
+//   for each block of queries of each head (one thread block):                 dq_kernel
+//     for each tile of keys that some query of the block sees:
+//       p = exp(q k^T - lse), 0 where masked; ds = p * (d_o v^T - delta); dq += ds k
+//     dq *= scale; if RoPE, rotate dq back in f32
+//
+// (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2, with dq in a pass of
+// its own: 7 products instead of 5, but every accumulator stays in registers.)
+//
+// What made it fast; figures from one H200, bf16, time without it / time with it at sequence
+// lengths 512 and 4096 (README.md has the absolute ones):
+//   1. Swizzled tiles, so that ldmatrix has no bank conflicts: head_dim 64 dkv 3.0 and 3.3, dq 3.3
+//      and 3.4; 128 5.7 and 6.3, 4.9 and 5.5.
+//   2. Lane addresses computed once and pointer-stepping loads, together with 4.: 64 dkv 1.10 and
+//      1.10, dq 1.16 and 1.16; 128 1.16 and 1.15, 1.26 and 1.27.
+//   3. Masks only in tiles that a limit crosses: 64 dkv 1.36 and 1.43, dq 1.28 and 1.30; 128 1.03
+//      and 1.03, 1.56 and 1.65.
+//   4. The product that makes dp starts at -delta instead of 0: 64 dkv 1.13 and 1.15, dq none; 128
+//      1.15 and 1.15, 1.02 and 1.03.
+//   5. Two stages of tiles, filled by cp.async during the products: 64 dkv 1.08 and 1.04, dq 1.13
+//      and 1.04; 128 1.05 and 1.02, 1.11 and 1.08.
+//   6. At head_dim 64, 32 keys a warp instead of 16 (half the reads of q and d_o): dkv 1.09 and
+//      1.07; then k and v fragments in registers: 1.05 and 1.06; then 128 queries a tile: 1.02 and
+//      1.04.
+//   7. A minimum of 1 block per multiprocessor in __launch_bounds__: without it the compiler
+//      spills in dq at head_dim 64, 1.11 and 1.10.
 #include "launch.cuh"
 
 namespace attn {
@@ -9,14 +43,14 @@ namespace attn {
 // kSplit: dv and dk are computed by two launches, as registers hold only one accumulator.
 template <int kSize, int D>
 struct DkvConfig {
-  static constexpr int MT = D <= 64 ? 2 : 1, kWarps = 4, kM = D <= 128 ? 64 : 32;
-  static constexpr int kSub = D <= 64 ? 16 : kM, kBlocks = 1;
-  static constexpr bool kKeep = false, kSplit = D > 128;
+  static constexpr int MT = D <= 64 ? 2 : 1, kWarps = 4;
+  static constexpr int kM = D <= 64 ? 128 : D <= 128 ? 64 : 16;
+  static constexpr int kSub = D <= 64 ? 16 : kM;
+  static constexpr bool kKeep = D <= 64, kSplit = D > 128;
 };
 template <int D>
 struct DkvConfig<4, D> {
   static constexpr int MT = 1, kWarps = D <= 128 ? 4 : 2, kM = D <= 64 ? 32 : 16, kSub = kM;
-  static constexpr int kBlocks = 1;
   static constexpr bool kKeep = false, kSplit = D > 128;
 };
 
@@ -24,14 +58,13 @@ struct DkvConfig<4, D> {
 // enter one matrix product. kKeep: query and d_o fragments stay in registers.
 template <int kSize, int D>
 struct DqConfig {
-  static constexpr int MT = D <= 128 ? 2 : 1, kWarps = 4, kN = D <= 64 ? 64 : 32, kSub = 32;
-  static constexpr int kBlocks = 1;
+  static constexpr int MT = D <= 128 ? 2 : 1, kWarps = 4;
+  static constexpr int kN = D <= 64 ? 64 : D <= 128 ? 32 : 16, kSub = D <= 128 ? 32 : 16;
   static constexpr bool kKeep = D <= 64;
 };
 template <int D>
 struct DqConfig<4, D> {
   static constexpr int MT = 1, kWarps = D <= 128 ? 4 : 2, kN = D <= 64 ? 32 : 16, kSub = kN;
-  static constexpr int kBlocks = 1;
   static constexpr bool kKeep = false;
 };
 
@@ -73,7 +106,7 @@ struct DkvShape : DkvConfig<sizeof(T), D> {
 };
 
 template <class T, int D, bool kDv, bool kDk>
-__global__ void __launch_bounds__(DkvShape<T, D>::kThreads, DkvShape<T, D>::kBlocks)
+__global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
     dkv_kernel(const __grid_constant__ BwdParams p) {
   using S = DkvShape<T, D>;
   constexpr int MT = S::MT, kM = S::kM, kN = S::kN, NT = S::kSub / 8;
@@ -226,7 +259,7 @@ struct DqShape : DqConfig<sizeof(T), D> {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(DqShape<T, D>::kThreads, DqShape<T, D>::kBlocks)
+__global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
     dq_kernel(const __grid_constant__ BwdParams p) {
   using S = DqShape<T, D>;
   constexpr int MT = S::MT, kN = S::kN, NT = S::kSub / 8;
@@ -328,50 +361,46 @@ __global__ void __launch_bounds__(DqShape<T, D>::kThreads, DqShape<T, D>::kBlock
                        p.rope_cos != nullptr ? p.rope_vec : p.vec);
 }
 
-// ---- Preprocess --------------------------------------------------------------------------------
+// ---- Row statistics ----------------------------------------------------------------------------
 
-constexpr int kPrepareRows = 8, kPrepareThreads = 256, kLanesPerRow = 8;
+constexpr int kLanesPerRow = 8, kStatsRows = kGroupThreads / kLanesPerRow;
 
-// Row statistics, and with RoPE the rotated q and k. W: vector width of the sums; R: of rotations.
-template <class T, int W, int R>
-__global__ void __launch_bounds__(kPrepareThreads)
-    prepare_kernel(const __grid_constant__ BwdParams p, AttnTensor rotated_q,
-                   AttnTensor rotated_k) {
-  const int batch = blockIdx.x / p.blocks, row0 = blockIdx.x % p.blocks * kPrepareRows;
-  const Sequence seq = sequence(p, batch);
-  const int rows = min(kPrepareRows, seq.len - row0);
-  if (rows <= 0) return;
-  // All lanes of a warp take part in the shuffles, so the bound is rounded up to whole warps.
-  const int total = ceil_div(rows * p.num_heads * kLanesPerRow, 32) * 32;
-  for (int index = threadIdx.x; index < total; index += kPrepareThreads) {
-    const int part = index % kLanesPerRow, head = index / kLanesPerRow % p.num_heads;
-    const int r = index / kLanesPerRow / p.num_heads, row = row0 + r;
-    float delta = 0.0f;
-    if (r < rows) {
-      const T* o = head_ptr<T>(p.o, batch, head, seq.first_row) + row * p.o.row_stride;
-      const T* d_o = head_ptr<T>(p.d_o, batch, head, seq.first_row) + row * p.d_o.row_stride;
-      for (int col = part * W; col < p.head_dim; col += kLanesPerRow * W) {
-        float x[W], y[W];
-        load_vec<T, W>(x, o + col);
-        load_vec<T, W>(y, d_o + col);
+template <class T, int W>
+__global__ void __launch_bounds__(kGroupThreads)
+    stats_kernel(const __grid_constant__ BwdParams p) {
+  constexpr int kBatch = 4;  // heads with loads in flight at a time
+  const GroupIndex index(p);
+  const Sequence seq = sequence(p, index.batch);
+  const int part = threadIdx.x % kLanesPerRow;
+  const int row = index.row_block * kStatsRows + threadIdx.x / kLanesPerRow;
+  const bool valid = row < seq.len;
+  const T* o = head_ptr<T>(p.o, index.batch, 0, seq.first_row) + row * p.o.row_stride;
+  const T* d_o = head_ptr<T>(p.d_o, index.batch, 0, seq.first_row) + row * p.d_o.row_stride;
+  for (int head0 = index.head0; head0 < index.end_head; head0 += kBatch) {
+    float delta[kBatch] = {};
+    for (int col = part * W; valid && col < p.head_dim; col += kLanesPerRow * W) {
 #pragma unroll
-        for (int i = 0; i < W; ++i) delta += x[i] * y[i];
+      for (int i = 0; i < kBatch; ++i) {
+        const int head = min(head0 + i, index.end_head - 1);
+        float x[W], y[W];
+        load_vec<T, W>(x, o + head * p.o.head_stride + col);
+        load_vec<T, W>(y, d_o + head * p.d_o.head_stride + col);
+#pragma unroll
+        for (int j = 0; j < W; ++j) delta[i] += x[j] * y[j];
       }
     }
 #pragma unroll
-    for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) {
-      delta += __shfl_xor_sync(0xffffffffu, delta, lanes);
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int lanes = 1; lanes < kLanesPerRow; lanes *= 2) {
+        delta[i] += __shfl_xor_sync(0xffffffffu, delta[i], lanes);
+      }
+      if (valid && part == i && head0 + i < index.end_head) {
+        const int64_t entry = seq.lse_row + (head0 + i) * seq.lse_head_stride + row;
+        const float lse = p.lse[entry];
+        p.stats[entry] = {lse == -INFINITY ? INFINITY : lse * kLog2e, delta[i]};
+      }
     }
-    if (part == 0 && r < rows) {
-      const int64_t entry = seq.lse_row + head * seq.lse_head_stride + row;
-      const float lse = p.lse[entry];
-      p.stats[entry] = {lse == -INFINITY ? INFINITY : lse * kLog2e, delta};
-    }
-  }
-  if (p.rope_cos != nullptr) {
-    const Rope rope(p);
-    rotate_rows<T, R>(p.q, rotated_q, rope, batch, p.num_heads, seq.first_row, row0, rows);
-    rotate_rows<T, R>(p.k, rotated_k, rope, batch, p.num_heads, seq.first_row, row0, rows);
   }
 }
 
@@ -385,18 +414,17 @@ int bwd(const AttnParams& params) {
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o, &p.d_o, &p.dq, &p.dk, &p.dv});
   char* workspace = static_cast<char*>(p.workspace);
   p.stats = reinterpret_cast<RowStats*>(workspace);
-  const AttnTensor rotated_q = workspace_tensor(p, workspace + stats_bytes(p));
-  const AttnTensor rotated_k =
-      workspace_tensor(p, workspace + stats_bytes(p) + workspace_tensor_bytes(p));
-  p.blocks = ceil_div(p.seqlen, kPrepareRows);
-  const auto prepare = !p.vec        ? prepare_kernel<T, 1, 1>
-                       : !p.rope_vec ? prepare_kernel<T, kChunk<T>, 1>
-                                     : prepare_kernel<T, kChunk<T>, kChunk<T>>;
-  ATTN_RETURN_IF(launch(prepare, static_cast<int64_t>(p.blocks) * p.batch, kPrepareThreads, 0,
-                        p.stream, p, rotated_q, rotated_k));
+  const int64_t blocks = p.group_grid(kStatsRows);
+  ATTN_RETURN_IF(launch(p.vec ? stats_kernel<T, kChunk<T>> : stats_kernel<T, 1>, blocks,
+                        kGroupThreads, 0, p.stream, p));
   if (p.rope_cos != nullptr) {
-    p.q = rotated_q;
-    p.k = rotated_k;
+    workspace += stats_bytes(p);
+    for (AttnTensor* t : {&p.q, &p.k}) {
+      const AttnTensor rotated = workspace_tensor(p, workspace);
+      ATTN_RETURN_IF(rotate<T>(p, *t, rotated));
+      *t = rotated;
+      workspace += workspace_tensor_bytes(p);
+    }
   }
   return for_head_dim(p, [&]<int D>() -> int {
     using S = DkvShape<T, D>;

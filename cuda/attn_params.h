@@ -37,7 +37,8 @@ enum AttnError {
   ATTN_ERR_DTYPE = -3,      // dtype is no AttnDtype
   ATTN_ERR_ROPE = -4,       // RoPE with an odd head_dim, or with only one of the two tables
   ATTN_ERR_SEQUENCES = -5,  // more than one of cu_seqlens, key_lens and key_mask
-  ATTN_ERR_SIZE = -6,       // a negative size, or more blocks than a grid holds
+  ATTN_ERR_SIZE = -6,       // a size is negative, seqlen above 2^30, or too many blocks for a grid
+  ATTN_ERR_SHARED_MEMORY = -7,  // the device lacks the shared memory (f32 backward, head_dim > 128)
 };
 
 typedef struct AttnParams {
@@ -48,7 +49,7 @@ typedef struct AttnParams {
   // query; -inf where every key is masked.
   float* lse;
   // At most one of the next three is set; none means every key of every sequence takes part.
-  const int32_t* cu_seqlens;  // [batch + 1]: sequence i is tokens cu_seqlens[i] .. cu_seqlens[i + 1]
+  const int32_t* cu_seqlens;  // [batch + 1]: sequence i is tokens cu_seqlens[i]..[i + 1]
   const int32_t* key_lens;    // [batch]: only keys below it take part
   const uint8_t* key_mask;    // [batch, seqlen], nonzero = the key takes part
   // RoPE tables [at least seqlen, head_dim / 2], f32; both null = no RoPE.

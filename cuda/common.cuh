@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "attn_params.h"
 
 namespace attn {
@@ -80,7 +82,8 @@ __device__ __forceinline__ void store_vec(T* dst, const float (&in)[W]) {
 // Element (row 0, column 0) of one head of one sequence that begins at token `first_row`
 // (0 unless the batch is packed by cu_seqlens).
 template <class T>
-__device__ __forceinline__ T* head_ptr(const AttnTensor& t, int batch, int head, int64_t first_row) {
+__device__ __forceinline__ T* head_ptr(const AttnTensor& t, int batch, int head,
+                                       int64_t first_row) {
   return static_cast<T*>(t.ptr) + batch * t.batch_stride + first_row * t.row_stride +
          head * t.head_stride;
 }
@@ -136,7 +139,11 @@ template <class T, int D, int kRows, int kThreads>
 struct TileLoader {
   // A thread owns one chunk column and every kStep-th row.
   static constexpr int kChunks = D / kChunk<T>;
-  static constexpr int kLanes = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : kChunks <= 32 ? 32 : 64;
+  static constexpr int kLanes = kChunks <= 4    ? 4
+                                : kChunks <= 8  ? 8
+                                : kChunks <= 16 ? 16
+                                : kChunks <= 32 ? 32
+                                                : 64;
   static constexpr int kStep = kThreads / kLanes;
   static_assert(kThreads % kLanes == 0 && kRows % kStep == 0, "whole passes");
 
@@ -445,8 +452,13 @@ int launch(Kernel kernel, int64_t blocks, int threads, size_t smem, void* stream
            const Args&... args) {
   if (blocks > INT32_MAX) return ATTN_ERR_SIZE;
   if (smem > 48 * 1024) {
-    ATTN_RETURN_IF(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(smem)));
+    const cudaError_t code = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+    if (code == cudaErrorInvalidValue) {
+      cudaGetLastError();  // not sticky: forget it
+      return ATTN_ERR_SHARED_MEMORY;
+    }
+    ATTN_RETURN_IF(code);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, smem, static_cast<cudaStream_t>(stream)>>>(
       args...);

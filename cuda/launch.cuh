@@ -2,10 +2,15 @@
 // head_dim.
 #pragma once
 
+#include <initializer_list>
+
 #include "mask.cuh"
 #include "position.cuh"
 
 namespace attn {
+
+// Elementwise kernels: a block of threads takes some rows of kGroupHeads heads of one sequence.
+constexpr int kGroupHeads = 8, kGroupThreads = 256;
 
 // The caller's parameters with what the kernels derive from them on the host.
 struct KernelParams : AttnParams {
@@ -26,9 +31,16 @@ struct KernelParams : AttnParams {
     rope_vec = vec && attn::rope_vec<T>(*this);
   }
 
+  // Blocks of a kernel whose blocks take `rows` rows of one head.
   int64_t grid(int rows) {
     blocks = ceil_div(seqlen, rows);
     return static_cast<int64_t>(blocks) * num_heads * batch;
+  }
+
+  // The same for kernels that take kGroupHeads heads at a time.
+  int64_t group_grid(int rows) {
+    blocks = ceil_div(seqlen, rows);
+    return static_cast<int64_t>(blocks) * ceil_div(num_heads, kGroupHeads) * batch;
   }
 };
 
@@ -44,6 +56,60 @@ struct BlockIndex {
   }
 };
 
+struct GroupIndex {
+  int row_block, head0, end_head, batch;
+
+  __device__ __forceinline__ explicit GroupIndex(const KernelParams& p) {
+    const int groups = ceil_div(p.num_heads, kGroupHeads);
+    row_block = blockIdx.x % p.blocks;
+    head0 = blockIdx.x / p.blocks % groups * kGroupHeads;
+    end_head = min(head0 + kGroupHeads, p.num_heads);
+    batch = blockIdx.x / p.blocks / groups;
+  }
+};
+
+// to = from rotated, for all rows and heads. A thread keeps the angles of its W pairs.
+template <class T, int W>
+__global__ void __launch_bounds__(kGroupThreads)
+    rotate_kernel(const __grid_constant__ KernelParams p, AttnTensor from, AttnTensor to) {
+  constexpr int kBatch = 4;  // heads with loads in flight at a time
+  const GroupIndex index(p);
+  const Sequence seq = sequence(p, index.batch);
+  const Rope rope(p);
+  const int units = rope.half / W, rows = kGroupThreads / units;
+  const int r = threadIdx.x / units, row = index.row_block * rows + r;
+  if (r >= rows || row >= seq.len) return;
+  const int pair0 = threadIdx.x % units * W;
+  const Rope::Turn<W> turn(rope, row, pair0, false);
+  const T* src = head_ptr<T>(from, index.batch, 0, seq.first_row) + row * from.row_stride;
+  T* dst = head_ptr<T>(to, index.batch, 0, seq.first_row) + row * to.row_stride;
+  for (int head0 = index.head0; head0 < index.end_head; head0 += kBatch) {
+    float x[kBatch][2][W];
+#pragma unroll
+    for (int i = 0; i < 2 * kBatch; ++i) {
+      const int head = min(head0 + i / 2, index.end_head - 1);
+      load_vec<T, W>(x[i / 2][i % 2], src + head * from.head_stride + rope.column(pair0, i % 2, W));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (head0 + i >= index.end_head) break;
+      turn.apply(x[i]);
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        store_vec<T, W>(dst + (head0 + i) * to.head_stride + rope.column(pair0, run, W), x[i][run]);
+      }
+    }
+  }
+}
+
+template <class T>
+int rotate(KernelParams p, const AttnTensor& from, const AttnTensor& to) {
+  const int width = p.rope_vec ? kChunk<T> : 1;
+  const int64_t blocks = p.group_grid(kGroupThreads / (p.head_dim / 2 / width));
+  return launch(p.rope_vec ? rotate_kernel<T, kChunk<T>> : rotate_kernel<T, 1>, blocks,
+                kGroupThreads, 0, p.stream, p, from, to);
+}
+
 inline int check(const AttnParams* p, std::initializer_list<const void*> required) {
   for (const void* ptr : required) {
     if (ptr == nullptr) return ATTN_ERR_NULL;
@@ -55,13 +121,16 @@ inline int check(const AttnParams* p, std::initializer_list<const void*> require
   if ((p->cu_seqlens != nullptr) + (p->key_lens != nullptr) + (p->key_mask != nullptr) > 1) {
     return ATTN_ERR_SEQUENCES;
   }
-  if (p->batch < 0 || p->seqlen < 0 || p->num_heads < 0 || p->total_tokens < 0) {
+  if (p->batch < 0 || p->seqlen < 0 || p->num_heads < 0 || p->total_tokens < 0 ||
+      p->seqlen > 1 << 30) {
     return ATTN_ERR_SIZE;
   }
   return ATTN_OK;
 }
 
-inline bool empty(const AttnParams& p) { return p.batch == 0 || p.seqlen == 0 || p.num_heads == 0; }
+inline bool empty(const AttnParams& p) {
+  return p.batch == 0 || p.seqlen == 0 || p.num_heads == 0;
+}
 
 // Calls f.template operator()<T>() for the element type.
 template <class F>

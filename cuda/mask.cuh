@@ -29,7 +29,8 @@ __device__ __forceinline__ Sequence sequence(const AttnParams& p, int batch) {
     s.lse_head_stride = p.total_tokens;
   }
   s.key_end = p.key_lens != nullptr ? min(p.key_lens[batch], s.len) : s.len;
-  s.key_mask = p.key_mask != nullptr ? p.key_mask + static_cast<int64_t>(batch) * p.seqlen : nullptr;
+  s.key_mask = nullptr;
+  if (p.key_mask != nullptr) s.key_mask = p.key_mask + static_cast<int64_t>(batch) * p.seqlen;
   return s;
 }
 
@@ -53,7 +54,9 @@ struct Window {
   __device__ __forceinline__ bool covers(int q0, int nq, int k0, int nk) const {
     return k0 >= q0 + nq - 1 - left && k0 + nk - 1 <= q0 + right;
   }
-  __device__ __forceinline__ bool sees(int q, int k) const { return k >= q - left && k <= q + right; }
+  __device__ __forceinline__ bool sees(int q, int k) const {
+    return k >= q - left && k <= q + right;
+  }
 };
 
 // One bit for each of the N keys from k0 on: set when the key is no padding.

@@ -23,37 +23,51 @@ struct Rope {
     return interleaved ? 2 * pair0 + run * width : pair0 + run * half;
   }
 
-  // Rotates the W pairs from pair0 on, given as their two runs: forward, or back if inverse.
+  // The angles of the W pairs from pair0 on at one position, or their negatives.
   template <int W>
-  __device__ __forceinline__ void rotate(float (&x)[2][W], int pos, int pair0, bool inverse) const {
-    const int64_t entry = static_cast<int64_t>(pos) * half + pair0;
-    float c[W], s[W];
-    if constexpr (W == 1) {
-      c[0] = cos[entry];
-      s[0] = sin[entry];
-    } else {
-#pragma unroll
-      for (int i = 0; i < W; i += 4) {
-        *reinterpret_cast<float4*>(c + i) = *reinterpret_cast<const float4*>(cos + entry + i);
-        *reinterpret_cast<float4*>(s + i) = *reinterpret_cast<const float4*>(sin + entry + i);
-      }
-    }
-    float* flat = &x[0][0];
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      const float turn = inverse ? -s[i] : s[i];
-      const float a = interleaved ? flat[2 * i] : x[0][i];
-      const float b = interleaved ? flat[2 * i + 1] : x[1][i];
-      const float ra = a * c[i] - b * turn, rb = a * turn + b * c[i];
-      if (interleaved) {
-        flat[2 * i] = ra;
-        flat[2 * i + 1] = rb;
+  struct Turn {
+    float cos[W], sin[W];
+    bool interleaved;
+
+    __device__ __forceinline__ Turn(const Rope& rope, int pos, int pair0, bool inverse)
+        : interleaved(rope.interleaved) {
+      const int64_t entry = static_cast<int64_t>(pos) * rope.half + pair0;
+      if constexpr (W == 1) {
+        cos[0] = __ldg(rope.cos + entry);
+        sin[0] = __ldg(rope.sin + entry);
       } else {
-        x[0][i] = ra;
-        x[1][i] = rb;
+#pragma unroll
+        for (int i = 0; i < W; i += 4) {
+          *reinterpret_cast<float4*>(cos + i) =
+              __ldg(reinterpret_cast<const float4*>(rope.cos + entry + i));
+          *reinterpret_cast<float4*>(sin + i) =
+              __ldg(reinterpret_cast<const float4*>(rope.sin + entry + i));
+        }
+      }
+      if (inverse) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) sin[i] = -sin[i];
       }
     }
-  }
+
+    // Rotates the pairs, given as their two runs.
+    __device__ __forceinline__ void apply(float (&x)[2][W]) const {
+      float* flat = &x[0][0];
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const float a = interleaved ? flat[2 * i] : x[0][i];
+        const float b = interleaved ? flat[2 * i + 1] : x[1][i];
+        const float ra = a * cos[i] - b * sin[i], rb = a * sin[i] + b * cos[i];
+        if (interleaved) {
+          flat[2 * i] = ra;
+          flat[2 * i + 1] = rb;
+        } else {
+          x[0][i] = ra;
+          x[1][i] = rb;
+        }
+      }
+    }
+  };
 
  private:
   __device__ __forceinline__ Rope() : cos(nullptr), sin(nullptr), half(0), interleaved(false) {}
@@ -76,10 +90,11 @@ __device__ __forceinline__ void rotate_tile(T* tile, const Rope& rope, int pos0,
     if (pos0 + r >= row_end) break;
     T* run0 = tile + tile_offset<T, D>(r, rope.column(pair0, 0, W));
     T* run1 = tile + tile_offset<T, D>(r, rope.column(pair0, 1, W));
+    const Rope::Turn<W> turn(rope, pos0 + r, pair0, false);
     float x[2][W];
     load_vec<T, W>(x[0], run0);
     load_vec<T, W>(x[1], run1);
-    rope.rotate<W>(x, pos0 + r, pair0, false);
+    turn.apply(x);
     store_vec<T, W>(run0, x[0]);
     store_vec<T, W>(run1, x[1]);
   }
@@ -117,6 +132,7 @@ __device__ __forceinline__ void store_rows(float (&acc)[MT][D / 8][4], float* st
         const int units = rope.half / W;
         for (int index = lane; index < rows * units; index += 32) {
           const int r = index / units, pair0 = index % units * W;
+          const Rope::Turn<W> turn(rope, first + r, pair0, true);
           float x[2][W];
 #pragma unroll
           for (int run = 0; run < 2; ++run) {
@@ -125,7 +141,7 @@ __device__ __forceinline__ void store_rows(float (&acc)[MT][D / 8][4], float* st
               x[run][i] = stage[r * kRow + rope.column(pair0, run, W) + i];
             }
           }
-          rope.rotate<W>(x, first + r, pair0, true);
+          turn.apply(x);
 #pragma unroll
           for (int run = 0; run < 2; ++run) {
             store_vec<T, W>(out + (first + r) * row_stride + rope.column(pair0, run, W), x[run]);
@@ -163,27 +179,6 @@ inline size_t workspace_tensor_bytes(const AttnParams& p) {
   const size_t bytes = static_cast<size_t>(p.total_tokens) * p.num_heads * p.head_dim *
                        (p.dtype == ATTN_F32 ? 4 : 2);
   return (bytes + 255) / 256 * 256;
-}
-
-// to[row] = rotated from[row], for all heads of rows row0 .. row0 + rows of one sequence, by all
-// threads of a block.
-template <class T, int W>
-__device__ __forceinline__ void rotate_rows(const AttnTensor& from, const AttnTensor& to,
-                                            const Rope& rope, int batch, int num_heads,
-                                            int64_t first_row, int row0, int rows) {
-  const int units = rope.half / W;
-  for (int index = threadIdx.x; index < rows * num_heads * units; index += blockDim.x) {
-    const int pair0 = index % units * W, head = index / units % num_heads;
-    const int row = row0 + index / units / num_heads;
-    const T* src = head_ptr<T>(from, batch, head, first_row) + row * from.row_stride;
-    T* dst = head_ptr<T>(to, batch, head, first_row) + row * to.row_stride;
-    float x[2][W];
-#pragma unroll
-    for (int run = 0; run < 2; ++run) load_vec<T, W>(x[run], src + rope.column(pair0, run, W));
-    rope.rotate<W>(x, row, pair0, false);
-#pragma unroll
-    for (int run = 0; run < 2; ++run) store_vec<T, W>(dst + rope.column(pair0, run, W), x[run]);
-  }
 }
 
 }  // namespace attn

@@ -57,8 +57,9 @@ struct OnlineSoftmax {
       for (int m = 0; m < MT; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float shrink =
-              best[m][h] == -INFINITY ? 1.0f : exp2_approx((offset[m][h] - best[m][h]) * scale_log2);
+          const float shrink = best[m][h] == -INFINITY
+                                   ? 1.0f
+                                   : exp2_approx((offset[m][h] - best[m][h]) * scale_log2);
           offset[m][h] = best[m][h];
           row_sum[m][h] *= shrink;
 #pragma unroll

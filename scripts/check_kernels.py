@@ -270,6 +270,63 @@ def cases(sanitize):
     return table
 
 
+def check_errors(lib):
+    """Bad parameters must give their own code and leave the device alone."""
+    x = torch.zeros(1, 4, 1, 6, device="cuda", dtype=torch.bfloat16)
+    ints = torch.zeros(4, device="cuda", dtype=torch.int32)
+
+    def code(**fields):
+        a = Attention(lib, x, x, x)
+        a.params.lse = ints.data_ptr()
+        a.set(o=x, d_o=x, dq=x, dk=x, dv=x)
+        a.workspace("attn_bwd")
+        for name, value in fields.items():
+            setattr(a.params, name, value)
+        return [getattr(lib, which)(ctypes.byref(a.params)) for which in ("attn_fwd", "attn_bwd")]
+
+    p = ints.data_ptr()
+    wrong = []
+    for want, fields in ((-1, {"lse": None}), (-1, {"q": Tensor()}), (-2, {"head_dim": 257}),
+                         (-2, {"head_dim": 0}), (-3, {"dtype": 3}), (-4, {"rope_cos": p}),
+                         (-4, {"rope_cos": p, "rope_sin": p, "head_dim": 5}),
+                         (-5, {"cu_seqlens": p, "key_lens": p}), (-6, {"seqlen": -1}),
+                         (0, {"batch": 0}), (0, {"seqlen": 0})):
+        if code(**fields) != [want, want]:
+            wrong.append((fields, code(**fields)))
+    if wrong:
+        print("FAILED error codes:", wrong)
+    return len(wrong)
+
+
+def check_far(lib):
+    """Offsets beyond 2^31 elements give what the same numbers close together give."""
+    shape, strides = (2, 70, 2, 64), (2**31 + 8, 128, 64, 1)
+    n = 70 * 128
+    if torch.cuda.mem_get_info()[0] < 6e9:
+        print("skipped: offsets beyond 2^31 need 5 GB of free GPU memory")
+        return 0
+    far = torch.empty(2**31 + 8 + 8 * n, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for tensors in ([far[i * n:].as_strided(shape, strides) for i in range(8)],
+                    [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(8)]):
+        torch.manual_seed(0)
+        q, k, v, o, g, dq, dk, dv = tensors
+        for x in (q, k, v, g):
+            x.copy_(torch.randn(shape, device="cuda"))
+        a = Attention(lib, q, k, v, rope=rope_tables(70, 64))
+        lse = torch.empty(2, 2, 70, device="cuda")
+        a.params.lse = lse.data_ptr()
+        a.set(o=o, d_o=g, dq=dq, dk=dk, dv=dv)
+        a.workspace("attn_bwd")
+        a.call("attn_fwd")
+        a.call("attn_bwd")
+        results.append([x.clone() for x in (o, dq, dk, dv, lse)])
+    same = all(torch.equal(x, y) for x, y in zip(*results))
+    if not same:
+        print("FAILED: offsets beyond 2^31 elements")
+    return int(not same)
+
+
 def check(lib, sanitize):
     failed, worst, count = 0, {}, {}
     for case in cases(sanitize):
@@ -283,11 +340,13 @@ def check(lib, sanitize):
             if failed <= 25:
                 shown = {n: round(r, 2) for n, r in ratios.items()}
                 print("FAILED", case, shown, *problems, flush=True)
+    if not sanitize:
+        failed += check_errors(lib) + check_far(lib)
     print("worst error / allowed error, by dtype (1 = limit)")
     for dtype, n in count.items():
         row = " ".join(f"{name} {ratio:.2f}" for (t, name), ratio in worst.items() if t == dtype)
         print(f"  {dtype:5} {n:4} cases: {row}")
-    print(f"{sum(count.values())} cases, {failed} failed", flush=True)
+    print(f"{sum(count.values())} cases, error codes and far offsets: {failed} failed", flush=True)
     return failed
 
 
@@ -318,7 +377,8 @@ def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
     import torch.nn.functional as F
     compiled = torch.compile(rotate, dynamic=False) if with_rope else None
     print("bf16, 16384 tokens, width 2048; TFLOP/s fwd / bwd; x = ours / FA2")
-    for d, causal, n in itertools.product(head_dims, causals, lengths):
+    for d, causal, n in itertools.product(head_dims, map(bool, causals), lengths):
+        torch._dynamo.reset()  # else the number of shapes exceeds its limit
         heads, batch = 2048 // d, 16384 // n
         flop = 4 * batch * heads * n * n * d * (0.5 if causal else 1)
         shape = (batch, n, heads, d)
