@@ -3,5 +3,7 @@
 
 pub mod config;
 pub mod data;
+pub mod model;
+pub mod parameters;
 pub mod record;
 pub mod report;
