@@ -4,4 +4,7 @@
 pub mod ops;
 mod spec;
 
-pub use spec::{AttentionSpec, PositionEncoding, Rope, RopePairing, RopeScaling, Sequences};
+pub use spec::{
+    Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
+    Sequences, Window,
+};

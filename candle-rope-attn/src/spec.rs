@@ -16,6 +16,99 @@ pub enum PositionEncoding {
     None,
     /// Rotary position embedding, fused into attention.
     Rope(Rope),
+    /// Attention with linear biases (Press et al. 2021, <https://arxiv.org/abs/2108.12409>).
+    Alibi(Alibi),
+    /// A learned bias of each head for each bucket of distances (Raffel et al. 2019,
+    /// <https://arxiv.org/abs/1910.10683>, section 2.1). Its weights are a tensor of the call.
+    RelativeBias(RelativeBias),
+}
+
+/// Attention with linear biases: `-slope * |query - key|` is added to each scaled score.
+///
+/// Without causality this is the symmetric form used by encoders.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Alibi {
+    /// One slope a head.
+    pub slopes: Vec<f32>,
+}
+
+impl Alibi {
+    /// The slopes of the paper: `2^(-8i / n)` for `n` heads, `i = 1..=n`, when `n` is a power of
+    /// two; otherwise those of the next lower power of two, then every second one of the next
+    /// higher.
+    pub fn new(num_heads: usize) -> Self {
+        let geometric = |n: usize| (1..=n).map(move |i| (-8.0 * i as f64 / n as f64).exp2() as f32);
+        let lower = match num_heads {
+            0 => 0,
+            n => 1 << n.ilog2(),
+        };
+        let rest = geometric(2 * lower).step_by(2).take(num_heads - lower);
+        Self {
+            slopes: geometric(lower).chain(rest).collect(),
+        }
+    }
+}
+
+/// T5's buckets of distances. The bias of a head for a bucket is `weight[bucket, head]`, where
+/// `weight` is `[num_buckets, num_heads]`; it is added to each scaled score.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RelativeBias {
+    /// Rows of the weight.
+    pub num_buckets: usize,
+    /// Distances from here on share the last bucket of their direction.
+    pub max_distance: usize,
+    /// Keys after the query have buckets of their own (encoders), or all share bucket 0.
+    pub bidirectional: bool,
+}
+
+impl RelativeBias {
+    /// The bucket of a key at `distance = key - query`, as transformers'
+    /// `T5Attention._relative_position_bucket`.
+    pub fn bucket(&self, distance: i64) -> usize {
+        let mut buckets = self.num_buckets;
+        let mut first = 0;
+        let away = if self.bidirectional {
+            buckets /= 2;
+            if distance > 0 {
+                first = buckets;
+            }
+            distance.unsigned_abs()
+        } else {
+            distance.min(0).unsigned_abs()
+        } as usize;
+        let exact = buckets / 2;
+        if away < exact {
+            return first + away;
+        }
+        // f32 as in transformers, so that distances on a boundary fall into the same bucket.
+        let ratio = (away as f32 / exact as f32).ln()
+            / ((self.max_distance as f64 / exact as f64).ln() as f32);
+        let large = exact + (ratio * (buckets - exact) as f32) as usize;
+        first + large.min(buckets - 1)
+    }
+}
+
+/// Keys a query sees around its own position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// At most this many keys before it; `None` for all.
+    pub left: Option<usize>,
+    /// At most this many keys after it; `None` for all.
+    pub right: Option<usize>,
+}
+
+/// Dropout of attention probabilities, kept ones scaled by `1 / (1 - p)`.
+///
+/// What is dropped depends on `seed` and the element's place alone, so the backward pass drops the
+/// same, and so does every device: element (sequence `b`, head `h`, query `i`, key `j`) is dropped
+/// when word `j % 4` of Philox4x32-10 with counter `(j / 4, i, h, b)` and key
+/// `(seed low, seed high)` is below `p * 2^32`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Probability of dropping, in `[0, 1)`.
+    pub p: f32,
+    /// Differs from call to call.
+    pub seed: u64,
 }
 
 /// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>, eq. 34).
@@ -113,8 +206,12 @@ pub struct AttentionSpec {
     pub softmax_scale: f32,
     /// A query sees only keys at its own position or before, within its sequence.
     pub causal: bool,
+    /// Limits the keys that a query sees (sliding-window attention), beside `causal`.
+    pub window: Option<Window>,
     /// How positions enter.
     pub position: PositionEncoding,
+    /// Dropout of the attention probabilities, in training.
+    pub dropout: Option<Dropout>,
 }
 
 impl AttentionSpec {
@@ -125,7 +222,9 @@ impl AttentionSpec {
             head_dim,
             softmax_scale: (head_dim as f32).sqrt().recip(),
             causal: false,
+            window: None,
             position: PositionEncoding::None,
+            dropout: None,
         }
     }
 
@@ -138,6 +237,18 @@ impl AttentionSpec {
     /// The same, with a position encoding.
     pub fn with_position(mut self, position: PositionEncoding) -> Self {
         self.position = position;
+        self
+    }
+
+    /// The same, with a sliding window.
+    pub fn with_window(mut self, window: Option<Window>) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// The same, with dropout of the attention probabilities or without.
+    pub fn with_dropout(mut self, dropout: Option<Dropout>) -> Self {
+        self.dropout = dropout;
         self
     }
 
@@ -171,15 +282,46 @@ impl AttentionSpec {
                 self.softmax_scale
             )
         }
-        if let PositionEncoding::Rope(rope) = &self.position
-            && rope.head_dim() != self.head_dim
+        if let Some(Dropout { p, .. }) = self.dropout
+            && !(0.0..1.0).contains(&p)
         {
-            bail!(
-                "RoPE has {} inverse frequencies, which fits head_dim {}, but the attention has head_dim {}; pass head_dim / 2 frequencies",
-                rope.inv_freq.len(),
-                rope.head_dim(),
-                self.head_dim
-            )
+            bail!("attention dropout must be in [0, 1), got {p}")
+        }
+        match &self.position {
+            PositionEncoding::None => {}
+            PositionEncoding::Rope(rope) => {
+                if rope.head_dim() != self.head_dim {
+                    bail!(
+                        "RoPE has {} inverse frequencies, which fits head_dim {}, but the attention has head_dim {}; pass head_dim / 2 frequencies",
+                        rope.inv_freq.len(),
+                        rope.head_dim(),
+                        self.head_dim
+                    )
+                }
+            }
+            PositionEncoding::Alibi(alibi) => {
+                if alibi.slopes.len() != self.num_heads {
+                    bail!(
+                        "ALiBi has {} slopes, but the attention has {} heads; pass one slope a head",
+                        alibi.slopes.len(),
+                        self.num_heads
+                    )
+                }
+            }
+            PositionEncoding::RelativeBias(bias) => {
+                let directions = if bias.bidirectional { 2 } else { 1 };
+                if bias.num_buckets < 2 * directions
+                    || bias.max_distance <= bias.num_buckets / directions / 2
+                {
+                    bail!(
+                        "relative bias needs at least {} buckets and max_distance above {}, got num_buckets {} and max_distance {}",
+                        2 * directions,
+                        bias.num_buckets / directions / 2,
+                        bias.num_buckets,
+                        bias.max_distance
+                    )
+                }
+            }
         }
         Ok(())
     }
