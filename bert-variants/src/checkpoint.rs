@@ -9,14 +9,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::ops::{AdamW, Moments};
 use hf_hub::api::sync::ApiBuilder;
 
 use crate::config::{BertConfig, ModelType};
 use crate::parameters::{Init, Parameters};
 use crate::tokenizer::Tokenizer;
+use crate::train::Progress;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const TRAINER: &str = "trainer.json";
 /// RoFormer's table of angles, which transformers keeps among the weights.
 const ROPE_TABLE: &str = "encoder.embed_positions.weight";
 
@@ -76,6 +80,99 @@ pub fn from_pretrained(name: &str, seed: u64, device: &Device) -> Result<Pretrai
     })
 }
 
+/// The state of a training run: a model directory with two more files, which continues as if it
+/// had never stopped.
+pub(crate) fn save_training(
+    dir: &Path,
+    config: &BertConfig,
+    parameters: &Parameters,
+    tokenizer: &Tokenizer,
+    optimizer: &AdamW,
+    progress: &Progress,
+) -> Result<()> {
+    let mut moments = Vec::new();
+    for ((name, _), state) in parameters.vars().iter().zip(optimizer.state()) {
+        moments.push((format!("{name}.exp_avg"), state.exp_avg.clone()));
+        moments.push((format!("{name}.exp_avg_sq"), state.exp_avg_sq.clone()));
+    }
+    write_dir(dir, |dir| {
+        write_model(dir, config, parameters)?;
+        tokenizer.save(dir)?;
+        write_safetensors(&dir.join(OPTIMIZER), moments)?;
+        fs::write(dir.join(TRAINER), serde_json::to_vec_pretty(progress)?)?;
+        Ok(())
+    })
+}
+
+/// Reads what [`save_training`] wrote, except the optimizer's state, which
+/// [`read_optimizer`] does once there is an optimizer for the parameters.
+pub(crate) fn read_training(
+    dir: &Path,
+    config: &BertConfig,
+    device: &Device,
+) -> Result<(Parameters, Progress)> {
+    let weights = dir.join(WEIGHTS);
+    let (parameters, initialized, _) = read_weights(config, &weights, 0, device)
+        .with_context(|| format!("cannot load {}", weights.display()))?;
+    ensure!(
+        initialized.is_empty(),
+        "{} lacks {}: it is not the checkpoint of this run",
+        weights.display(),
+        initialized.join(", ")
+    );
+    let path = dir.join(TRAINER);
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let progress = serde_json::from_str(&text)
+        .with_context(|| format!("{} is damaged; restore it from a copy", path.display()))?;
+    Ok((parameters, progress))
+}
+
+/// Gives the optimizer of `parameters` the state in a checkpoint.
+pub(crate) fn read_optimizer(
+    dir: &Path,
+    parameters: &Parameters,
+    optimizer: &mut AdamW,
+    steps: u64,
+) -> Result<()> {
+    let path = dir.join(OPTIMIZER);
+    let mut tensors = read_safetensors(&path, parameters.device())?;
+    let mut take = |name: String| {
+        let missing = || {
+            format!(
+                "{} has no {name}: it belongs to another model",
+                path.display()
+            )
+        };
+        tensors.remove(&name).with_context(missing)
+    };
+    let mut state = Vec::new();
+    for (name, _) in parameters.vars() {
+        state.push(Moments {
+            exp_avg: take(format!("{name}.exp_avg"))?,
+            exp_avg_sq: take(format!("{name}.exp_avg_sq"))?,
+        });
+    }
+    Ok(optimizer.load_state(state, steps)?)
+}
+
+/// The checkpoint directory `dir`, if there is one; also where a killed process was about to give
+/// a new one its name.
+pub(crate) fn find_training(dir: &Path) -> Result<bool> {
+    let old = old_name(dir);
+    if !dir.exists() && old.exists() {
+        fs::rename(&old, dir).with_context(|| format!("cannot restore {}", dir.display()))?;
+    }
+    Ok(dir.exists())
+}
+
+/// The name of a directory while its successor takes its place.
+fn old_name(dir: &Path) -> PathBuf {
+    let mut old = dir.as_os_str().to_owned();
+    old.push(".old");
+    old.into()
+}
+
 /// Writes the files of a directory under a temporary name, makes sure that they are on the disk,
 /// and gives them their name. On an error nothing is left behind, and an earlier directory stays.
 pub(crate) fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
@@ -83,7 +180,9 @@ pub(crate) fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> R
     let parent = parent.unwrap_or(Path::new("."));
     let write = || -> Result<()> {
         fs::create_dir_all(parent)?;
-        let temporary = tempfile::Builder::new().prefix(".incomplete-").tempdir_in(parent)?;
+        let temporary = tempfile::Builder::new()
+            .prefix(".incomplete-")
+            .tempdir_in(parent)?;
         fill(temporary.path())?;
         for entry in fs::read_dir(temporary.path())? {
             File::open(entry?.path())?.sync_all()?;
@@ -96,13 +195,15 @@ pub(crate) fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> R
             fs::set_permissions(&temporary, fs::Permissions::from_mode(0o755))?;
         }
         // A directory cannot be renamed onto one that has files.
-        let mut old = dir.as_os_str().to_owned();
-        old.push(".old");
+        let old = old_name(dir);
         if dir.exists() {
+            if old.exists() {
+                fs::remove_dir_all(&old)?;
+            }
             fs::rename(dir, &old)?;
         }
         fs::rename(&temporary, dir)?;
-        if Path::new(&old).exists() {
+        if old.exists() {
             fs::remove_dir_all(&old)?;
         }
         File::open(parent)?.sync_all()?;
@@ -166,7 +267,10 @@ fn read_weights(
             .replace("LayerNorm.weight", "LayerNorm.gamma")
             .replace("LayerNorm.bias", "LayerNorm.beta");
         let names = [name, &old].map(|name| [prefixed(prefix, name), name.to_string()]);
-        let (name, tensor) = names.iter().flatten().find_map(|n| tensors.get_key_value(n))?;
+        let (name, tensor) = names
+            .iter()
+            .flatten()
+            .find_map(|n| tensors.get_key_value(n))?;
         unused.remove(name.as_str());
         Some(tensor)
     };
@@ -268,13 +372,18 @@ fn locate(name: &str) -> Result<PathBuf> {
 
 fn download(name: &str) -> Result<PathBuf> {
     let repo = ApiBuilder::from_env().build()?.model(name.to_string());
-    let config = repo.get(CONFIG).with_context(|| format!("cannot get {CONFIG}"))?;
-    repo.get(WEIGHTS).with_context(|| format!("cannot get {WEIGHTS}"))?;
+    let config = repo
+        .get(CONFIG)
+        .with_context(|| format!("cannot get {CONFIG}"))?;
+    repo.get(WEIGHTS)
+        .with_context(|| format!("cannot get {WEIGHTS}"))?;
     // One of the two is enough, and which one a repository has is not known before.
     let tokenizer = ["tokenizer.json", "vocab.txt"].map(|file| repo.get(file));
     if let [Err(error), Err(_)] = tokenizer {
         tracing::warn!("{name} has neither tokenizer.json nor vocab.txt: {error}");
     }
-    let dir = config.parent().ok_or_else(|| anyhow!("{} has no folder", config.display()))?;
+    let dir = config
+        .parent()
+        .ok_or_else(|| anyhow!("{} has no folder", config.display()))?;
     Ok(dir.to_path_buf())
 }

@@ -4,7 +4,7 @@
 //! `cu_seqlens` says where each begins.
 
 use anyhow::{Result, ensure};
-use candle_core::Tensor;
+use candle_core::{D, DType, Device, Tensor};
 use candle_rope_attn::ops::{
     cross_entropy, dropout, embedding, gather_rows, gelu, layer_norm, linear,
 };
@@ -23,17 +23,36 @@ pub struct LanguageModel {
     embeddings: Embeddings,
     layers: Vec<Layer>,
     head: Head,
+    dtype: DType,
+    device: Device,
+}
+
+/// How well a model predicts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Mean cross-entropy in nats over the labels.
+    pub loss: f64,
+    /// Share of labels that get the highest score, 0 to 1.
+    pub accuracy: f64,
+    /// Tokens read.
+    pub tokens: u64,
 }
 
 impl LanguageModel {
     /// A model that computes with `parameters` and sees every later change of them.
     ///
     /// With `trainable` the results carry gradients to the parameters; without, no intermediate
-    /// result is kept.
+    /// result is kept. Embeddings are summed and normalised in f32, everything after that is
+    /// computed in `dtype`, to which the f32 weights are cast where they are used.
     ///
     /// # Errors
     /// When the parameters do not belong to the configuration.
-    pub fn new(config: &BertConfig, parameters: &Parameters, trainable: bool) -> Result<Self> {
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
         config.validate()?;
         let weights = Weights {
             parameters,
@@ -48,6 +67,8 @@ impl LanguageModel {
                 .collect::<Result<_>>()?,
             head: Head::new(&weights)?,
             config: config.clone(),
+            dtype,
+            device: parameters.device().clone(),
         })
     }
 
@@ -73,7 +94,11 @@ impl LanguageModel {
             seed: dropout_seed,
         };
         let sequences = Sequences::CuSeqlens(cu_seqlens.to_vec());
-        let mut x = self.embeddings.forward(input_ids, cu_seqlens, &dropout)?;
+        self.check_ids(input_ids)?;
+        let x = self
+            .embeddings
+            .forward(input_ids, cu_seqlens, &dropout, &self.device)?;
+        let mut x = x.to_dtype(self.dtype)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &self.spec, &sequences, &dropout, i)?;
         }
@@ -85,7 +110,8 @@ impl LanguageModel {
     /// # Errors
     /// When a row is out of range.
     pub fn logits(&self, hidden_states: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        self.head.forward(&gather_rows(hidden_states, rows)?)
+        let rows = Tensor::new(rows, &self.device)?;
+        self.head.forward(&gather_rows(hidden_states, &rows)?)
     }
 
     /// Mean cross-entropy in nats over the labels of a batch, a scalar.
@@ -93,9 +119,61 @@ impl LanguageModel {
     /// # Errors
     /// As [`LanguageModel::hidden_states`], and when the batch has no labels.
     pub fn loss(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let (logits, labels) = self.predict(batch, dropout_seed)?;
+        Ok(cross_entropy(&logits, &labels)?)
+    }
+
+    /// Loss and accuracy over all labels of `batches`, without dropout.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::loss`].
+    pub fn evaluate(&self, batches: &[Batch]) -> Result<Score> {
+        let (mut loss, mut right) = (0.0, 0.0);
+        let (mut tokens, mut labels) = (0, 0);
+        for batch in batches {
+            let (logits, expected) = self.predict(batch, None)?;
+            let count = batch.labels.len();
+            let mean: f32 = cross_entropy(&logits, &expected)?.to_scalar()?;
+            loss += f64::from(mean) * count as f64;
+            let hits = logits
+                .argmax(D::Minus1)?
+                .eq(&expected)?
+                .to_dtype(DType::F32)?;
+            right += f64::from(hits.sum_all()?.to_scalar::<f32>()?);
+            labels += count;
+            tokens += batch.input_ids.len() as u64;
+        }
+        ensure!(
+            labels > 0,
+            "there is nothing to evaluate: the batches have no labels"
+        );
+        Ok(Score {
+            loss: loss / labels as f64,
+            accuracy: right / labels as f64,
+            tokens,
+        })
+    }
+
+    /// Logits and labels at the label positions of a batch.
+    fn predict(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<(Tensor, Tensor)> {
+        ensure!(
+            !batch.labels.is_empty(),
+            "the batch has no labels: no token was masked; raise the mask rate or the batch size"
+        );
+        self.check_ids(&batch.labels)?;
         let hidden = self.hidden_states(&batch.input_ids, &batch.cu_seqlens, dropout_seed)?;
         let logits = self.logits(&hidden, &batch.label_positions)?;
-        Ok(cross_entropy(&logits, &batch.labels)?)
+        Ok((logits, Tensor::new(batch.labels.as_slice(), &self.device)?))
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let highest = ids.iter().copied().max().unwrap_or(0) as usize;
+        ensure!(
+            highest < self.config.vocab_size,
+            "got token id {highest}, but the model's vocab_size is {}: tokenizer and model do not belong together",
+            self.config.vocab_size
+        );
+        Ok(())
     }
 }
 
@@ -134,7 +212,11 @@ struct Linear {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(linear(x, &self.weight, Some(&self.bias))?)
+        let (weight, bias) = (
+            self.weight.to_dtype(x.dtype())?,
+            self.bias.to_dtype(x.dtype())?,
+        );
+        Ok(linear(x, &weight, Some(&bias))?)
     }
 }
 
@@ -189,10 +271,17 @@ impl Embeddings {
         })
     }
 
-    fn forward(&self, ids: &[u32], cu_seqlens: &[usize], dropout: &Dropout) -> Result<Tensor> {
-        let mut x = embedding(ids, &self.word)?;
+    fn forward(
+        &self,
+        ids: &[u32],
+        cu_seqlens: &[usize],
+        dropout: &Dropout,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let mut x = embedding(&Tensor::new(ids, device)?, &self.word)?;
         if let Some(table) = &self.position {
-            x = (x + embedding(&position_ids(cu_seqlens, table.dim(0)?)?, table)?)?;
+            let positions = Tensor::new(position_ids(cu_seqlens, table.dim(0)?)?, device)?;
+            x = (x + embedding(&positions, table)?)?;
         }
         // Every token is of the first segment.
         x = x.broadcast_add(&self.token_type.get(0)?)?;
@@ -254,7 +343,9 @@ impl Layer {
         let attended = dropout.forward(attended, "attention", index)?;
         let x = self.attention_norm.forward(&(attended + x)?)?;
 
-        let mlp = self.output.forward(&gelu(&self.intermediate.forward(&x)?)?)?;
+        let mlp = self
+            .output
+            .forward(&gelu(&self.intermediate.forward(&x)?)?)?;
         let mlp = dropout.forward(mlp, "mlp", index)?;
         self.output_norm.forward(&(mlp + x)?)
     }

@@ -104,6 +104,11 @@ impl Parameters {
         })
     }
 
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        self.vars[0].1.device()
+    }
+
     /// Number of weights; the tied decoder counts once.
     pub fn count(&self) -> u64 {
         self.vars.iter().map(|(_, var)| var.elem_count() as u64).sum()

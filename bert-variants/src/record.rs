@@ -4,12 +4,14 @@
 //! strings `"NaN"`, `"Infinity"` and `"-Infinity"`, as in the JSON mapping of Protocol Buffers,
 //! and read back as what they were.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
 use tensorboard_rs::summary_writer::FileWriter;
 
@@ -59,6 +61,58 @@ pub struct RunHeader {
     pub model_config: serde_json::Value,
     /// Training settings.
     pub train_config: serde_json::Value,
+}
+
+impl RunHeader {
+    /// Everything that was set, by dotted path.
+    pub(crate) fn settings(&self) -> BTreeMap<String, String> {
+        let mut settings = BTreeMap::from([
+            ("data".to_string(), self.data.clone()),
+            ("device".to_string(), self.device.clone()),
+            ("code_version".to_string(), self.code_version.clone()),
+            ("total_steps".to_string(), self.total_steps.to_string()),
+        ]);
+        flatten("model_config", &self.model_config, &mut settings);
+        flatten("train_config", &self.train_config, &mut settings);
+        settings
+    }
+
+    /// Whether a run with this header may go on as one with `other`: only device and program
+    /// version may differ.
+    ///
+    /// # Errors
+    /// Names every setting that differs.
+    pub(crate) fn check_resumable_as(&self, other: &Self) -> Result<()> {
+        let (mine, others) = (self.settings(), other.settings());
+        let keys: BTreeSet<&String> = mine.keys().chain(others.keys()).collect();
+        let text = |value: Option<&String>| value.map_or("absent", String::as_str).to_string();
+        let differences: Vec<String> = keys
+            .into_iter()
+            .filter(|key| !["device", "code_version"].contains(&key.as_str()))
+            .map(|key| (key, text(mine.get(key)), text(others.get(key))))
+            .filter(|(_, mine, others)| mine != others)
+            .map(|(key, mine, others)| format!("{key} was {mine}, is now {others}"))
+            .collect();
+        ensure!(
+            differences.is_empty(),
+            "the run to resume had other settings: {}. Use the same settings, or another --out",
+            differences.join("; ")
+        );
+        Ok(())
+    }
+}
+
+fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, String>) {
+    match value {
+        Value::Object(map) => {
+            for (name, value) in map {
+                flatten(&format!("{key}.{name}"), value, into);
+            }
+        }
+        value => {
+            into.insert(key.to_string(), value.to_string());
+        }
+    }
 }
 
 /// One point of the training curves.
@@ -117,8 +171,8 @@ pub struct RunSummary {
     /// Forward-only speed on the evaluation text.
     #[serde(with = "float")]
     pub inference_tokens_per_second: f64,
-    /// Highest memory in use during a training step beyond parameters, gradients kept for the
-    /// update and optimizer state.
+    /// Highest memory in use during a training step beyond what is in use between steps
+    /// (parameters, optimizer state, data): activations and gradients.
     pub peak_activation_bytes: u64,
     /// Bytes of the optimizer state.
     pub optimizer_bytes: u64,
@@ -158,7 +212,8 @@ impl RunWriter {
         Ok(writer)
     }
 
-    /// Continues the records of the run in `dir` after optimizer step `step`.
+    /// Continues the records of the run in `dir` after optimizer step `step`, or from its very
+    /// beginning.
     ///
     /// Training and evaluation records of later steps and the summary are dropped, so that the
     /// records of a resumed run equal those of an uninterrupted one. TensorBoard is told to drop
@@ -166,14 +221,14 @@ impl RunWriter {
     ///
     /// # Errors
     /// Where `dir` holds no run, or a line of it is no record.
-    pub fn resume(dir: &Path, step: u64) -> Result<Self> {
+    pub fn resume(dir: &Path, step: Option<u64>) -> Result<Self> {
         let path = dir.join(METRICS_FILE);
         let mut kept = Vec::new();
         for (record, _) in parse(&path, &read(&path)?)?.0 {
             let keep = match &record {
                 Record::Run(_) => true,
-                Record::Train(train) => train.step <= step,
-                Record::Eval(eval) => eval.step <= step,
+                Record::Train(train) => Some(train.step) <= step,
+                Record::Eval(eval) => Some(eval.step) <= step,
                 Record::Summary(_) => false,
             };
             if keep {
@@ -190,7 +245,7 @@ impl RunWriter {
         session.set_status(SessionLog_SessionStatus::START);
         let mut event = Event::new();
         event.set_session_log(session);
-        scalars.add_event(&event, step as usize + 1);
+        scalars.add_event(&event, step.map_or(0, |step| step as usize + 1));
         Ok(Self {
             path,
             metrics,

@@ -179,7 +179,7 @@ fn resumed_records_equal_uninterrupted_ones() {
     torn.extend(b"{\"kind\":\"tr");
     fs::write(&path, torn).unwrap();
 
-    let mut writer = RunWriter::resume(resumed.path(), 3).unwrap();
+    let mut writer = RunWriter::resume(resumed.path(), Some(3)).unwrap();
     records[6..]
         .iter()
         .for_each(|record| writer.write(record).unwrap());

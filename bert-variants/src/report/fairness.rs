@@ -3,12 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::summary::Group;
 use super::tables::objective_name;
 use crate::data::Objective;
-use crate::record::RunHeader;
 
 /// What differs between runs of one objective besides position encoding and seed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -134,7 +132,7 @@ pub(super) fn values_text(values: &BTreeMap<String, BTreeSet<String>>) -> String
 fn differences(objective: Objective, groups: &[Group]) -> Vec<ConfigDifference> {
     let runs: Vec<(&str, BTreeMap<String, String>)> = groups
         .iter()
-        .flat_map(|g| g.runs.iter().map(|run| (g.variant, settings(&run.header))))
+        .flat_map(|g| g.runs.iter().map(|run| (g.variant, run.header.settings())))
         .collect();
     let keys: BTreeSet<&String> = runs
         .iter()
@@ -179,31 +177,6 @@ fn effect(key: &str) -> Option<Effect> {
         "_name_or_path" | "transformers_version" => Effect::Harmless,
         _ => Effect::Unfair,
     })
-}
-
-fn settings(header: &RunHeader) -> BTreeMap<String, String> {
-    let mut settings = BTreeMap::from([
-        ("data".to_string(), header.data.clone()),
-        ("device".to_string(), header.device.clone()),
-        ("code_version".to_string(), header.code_version.clone()),
-        ("total_steps".to_string(), header.total_steps.to_string()),
-    ]);
-    flatten("model_config", &header.model_config, &mut settings);
-    flatten("train_config", &header.train_config, &mut settings);
-    settings
-}
-
-fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, String>) {
-    match value {
-        Value::Object(map) => {
-            for (name, value) in map {
-                flatten(&format!("{key}.{name}"), value, into);
-            }
-        }
-        value => {
-            into.insert(key.to_string(), value.to_string());
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,585 @@
+//! The training loop.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::ops::{AdamW, AdamWConfig, global_norm};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::checkpoint;
+use crate::config::BertConfig;
+use crate::data::{Batch, Batches, Prefetch};
+use crate::memory::PeakMeter;
+use crate::model::LanguageModel;
+use crate::parameters::Parameters;
+use crate::record::{
+    EvalRecord, METRICS_FILE, Record, RunHeader, RunSummary, RunWriter, TrainRecord, read_run,
+};
+use crate::schedule::{Decay, Schedule};
+use crate::tokenizer::Tokenizer;
+
+/// Name of the checkpoint inside a run's folder.
+pub const CHECKPOINT_DIR: &str = "checkpoint";
+
+/// How a model is trained. Every field but the last three decides the result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+#[command(next_help_heading = "Training")]
+pub struct TrainConfig {
+    /// Optimizer steps.
+    #[arg(long, default_value_t = TrainConfig::default().steps)]
+    pub steps: u64,
+    /// Sequences of --seq-len tokens in one pass.
+    #[arg(long, default_value_t = TrainConfig::default().batch_size)]
+    pub batch_size: usize,
+    /// Passes whose gradients make one optimizer step.
+    #[arg(long, default_value_t = TrainConfig::default().gradient_accumulation)]
+    pub gradient_accumulation: usize,
+    /// Highest learning rate.
+    #[arg(long, default_value_t = TrainConfig::default().lr)]
+    pub lr: f64,
+    /// Last learning rate as a share of the highest.
+    #[arg(long, default_value_t = TrainConfig::default().min_lr_ratio)]
+    pub min_lr_ratio: f64,
+    /// Share of the steps over which the learning rate rises.
+    #[arg(long, default_value_t = TrainConfig::default().warmup_ratio)]
+    pub warmup_ratio: f64,
+    /// How the learning rate falls.
+    #[arg(long, value_enum, default_value_t = TrainConfig::default().decay)]
+    pub decay: Decay,
+    /// AdamW's weight decay; biases and LayerNorm have none.
+    #[arg(long, default_value_t = TrainConfig::default().weight_decay)]
+    pub weight_decay: f64,
+    /// AdamW's decay of the first moment.
+    #[arg(long, default_value_t = TrainConfig::default().adam_beta1)]
+    pub adam_beta1: f64,
+    /// AdamW's decay of the second moment.
+    #[arg(long, default_value_t = TrainConfig::default().adam_beta2)]
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    #[arg(long, default_value_t = TrainConfig::default().adam_epsilon)]
+    pub adam_epsilon: f64,
+    /// Gradients are scaled down to this global norm.
+    #[arg(long, default_value_t = TrainConfig::default().max_grad_norm)]
+    pub max_grad_norm: f64,
+    /// Arithmetic of the model; weights and optimizer are f32 always.
+    #[arg(long, value_enum, default_value_t = TrainConfig::default().dtype)]
+    pub dtype: Precision,
+    /// Steps between training records.
+    #[arg(long, default_value_t = TrainConfig::default().log_every)]
+    pub log_every: u64,
+    /// Steps between evaluations.
+    #[arg(long, default_value_t = TrainConfig::default().eval_every)]
+    pub eval_every: u64,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = TrainConfig::default().save_every)]
+    pub save_every: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 600,
+            batch_size: 16,
+            gradient_accumulation: 1,
+            lr: 1e-3,
+            min_lr_ratio: 0.0,
+            warmup_ratio: 0.06,
+            decay: Decay::Linear,
+            weight_decay: 0.01,
+            adam_beta1: 0.9,
+            adam_beta2: 0.98,
+            adam_epsilon: 1e-6,
+            max_grad_norm: 1.0,
+            dtype: Precision::F32,
+            log_every: 10,
+            eval_every: 100,
+            save_every: 200,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// # Errors
+    /// Names the setting, its value and the values expected.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("steps", self.steps),
+            ("batch_size", self.batch_size as u64),
+            ("gradient_accumulation", self.gradient_accumulation as u64),
+            ("log_every", self.log_every),
+            ("eval_every", self.eval_every),
+            ("save_every", self.save_every),
+        ] {
+            ensure!(value > 0, "{name} must be at least 1, got 0");
+        }
+        for (name, value) in [
+            ("lr", self.lr),
+            ("adam_epsilon", self.adam_epsilon),
+            ("max_grad_norm", self.max_grad_norm),
+        ] {
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "{name} must be positive and finite, got {value}"
+            );
+        }
+        for (name, value) in [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+        ] {
+            ensure!(
+                (0.0..1.0).contains(&value),
+                "{name} must be in [0, 1), got {value}"
+            );
+        }
+        for (name, value) in [
+            ("min_lr_ratio", self.min_lr_ratio),
+            ("warmup_ratio", self.warmup_ratio),
+            ("weight_decay", self.weight_decay),
+        ] {
+            ensure!(
+                (0.0..=1.0).contains(&value),
+                "{name} must be in [0, 1], got {value}"
+            );
+        }
+        Ok(())
+    }
+
+    fn schedule(&self) -> Schedule {
+        Schedule {
+            peak: self.lr,
+            total_steps: self.steps,
+            warmup_steps: (self.warmup_ratio * self.steps as f64).round() as u64,
+            decay: self.decay,
+            min_ratio: self.min_lr_ratio,
+        }
+    }
+
+    fn adamw(&self) -> AdamWConfig {
+        AdamWConfig {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+}
+
+/// Arithmetic of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    F32,
+    /// Activations and matrix products in bfloat16, sums in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Candle's name for it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// The batches of a run.
+pub struct RunData {
+    /// Training batches, of `batch_size` sequences.
+    pub train: Batches,
+    /// Held-out batches.
+    pub eval: Vec<Batch>,
+}
+
+/// How [`Trainer::train`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// Stopped on request; the checkpoint continues from there.
+    Interrupted,
+}
+
+/// A model in training, written to a folder: `metrics.jsonl`, `tensorboard/`, and `checkpoint/`,
+/// which is a Hugging Face directory with the optimizer's state beside the model.
+pub struct Trainer {
+    checkpoint: PathBuf,
+    config: TrainConfig,
+    model_config: BertConfig,
+    seed: u64,
+    tokenizer: Tokenizer,
+    parameters: Parameters,
+    model: LanguageModel,
+    optimizer: AdamW,
+    writer: RunWriter,
+    progress: Progress,
+    window: Window,
+    clock: Stopwatch,
+}
+
+/// What a checkpoint says of the run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Seconds of training, evaluation and checkpoints left out.
+    pub seconds: f64,
+    /// Highest memory of a step, see [`RunSummary::peak_activation_bytes`].
+    pub peak_activation_bytes: u64,
+    /// Speed of the latest evaluation.
+    pub inference_tokens_per_second: f64,
+}
+
+/// Steps since the last training record.
+#[derive(Default)]
+struct Window {
+    losses: Vec<Tensor>,
+    grad_norms: Vec<Tensor>,
+    tokens: u64,
+    lr: f64,
+}
+
+impl Trainer {
+    /// Starts the run that `header` describes in the folder `dir`, or continues the one there
+    /// from its checkpoint.
+    ///
+    /// # Errors
+    /// When `dir` holds a run and `resume` is false, or a run with other settings, or cannot be
+    /// written; when memory runs out.
+    pub fn new(
+        dir: PathBuf,
+        header: &RunHeader,
+        config: &TrainConfig,
+        model_config: &BertConfig,
+        tokenizer: Tokenizer,
+        device: &Device,
+        resume: bool,
+    ) -> Result<Self> {
+        config.validate()?;
+        let seed = header.seed;
+        let resume = resume && dir.join(METRICS_FILE).exists();
+        if resume {
+            read_run(&dir)?.header.check_resumable_as(header)?;
+        }
+        let checkpoint = dir.join(CHECKPOINT_DIR);
+        let found = resume && checkpoint::find_training(&checkpoint)?;
+        let (parameters, progress) = if found {
+            checkpoint::read_training(&checkpoint, model_config, device)?
+        } else {
+            (
+                Parameters::init(model_config, seed, device)?,
+                Progress::default(),
+            )
+        };
+        let vars = parameters.vars().iter();
+        let mut optimizer = AdamW::new(
+            vars.map(|(name, var)| (var.clone(), decays(name)))
+                .collect(),
+            config.adamw(),
+        )?;
+        if found {
+            checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, progress.step)?;
+        }
+        let writer = if resume {
+            RunWriter::resume(&dir, found.then_some(progress.step))?
+        } else {
+            RunWriter::create(&dir, header)?
+        };
+        Ok(Self {
+            model: LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?,
+            clock: Stopwatch::new(progress.seconds),
+            checkpoint,
+            config: config.clone(),
+            model_config: model_config.clone(),
+            seed,
+            tokenizer,
+            parameters,
+            optimizer,
+            writer,
+            progress,
+            window: Window::default(),
+        })
+    }
+
+    /// Trains to the end, or until `stop` is set.
+    ///
+    /// # Errors
+    /// When loss or gradients are not finite, which leaves the last checkpoint as it was; when
+    /// data cannot be read, files not be written, or memory runs out.
+    pub fn train(&mut self, data: &RunData, stop: &AtomicBool) -> Result<Outcome> {
+        let passes = self.config.gradient_accumulation;
+        let schedule = self.config.schedule();
+        let bar = progress_bar(&self.config, self.progress.step);
+        if self.progress.step == 0 {
+            self.evaluate(&data.eval, &bar)?;
+        }
+        let mut batches = Prefetch::new(&data.train, self.progress.step * passes as u64);
+        self.clock.start();
+        while self.progress.step < self.config.steps {
+            let batches = batches.by_ref().take(passes).collect::<Result<Vec<_>>>()?;
+            let meter = PeakMeter::start();
+            self.window.lr = schedule.lr(self.progress.step);
+            let (loss, gradients) = self.gradients(&batches)?;
+            let norm = global_norm(&gradients)?;
+            self.optimizer
+                .step(&gradients, self.window.lr, &norm, self.config.max_grad_norm)?;
+            self.count_step(&batches, loss, norm, meter.peak_bytes());
+            self.check_finite(&gradients)?;
+
+            bar.set_position(self.progress.step);
+            let stopped = stop.load(Ordering::Relaxed);
+            let last = self.progress.step == self.config.steps;
+            let due = |every: u64| last || self.progress.step.is_multiple_of(every);
+            let (log, eval, save) = (
+                due(self.config.log_every),
+                due(self.config.eval_every),
+                due(self.config.save_every),
+            );
+            if log || eval || save || stopped {
+                self.log(&bar)?;
+            }
+            if eval {
+                self.evaluate(&data.eval, &bar)?;
+            }
+            if save || stopped {
+                self.save()?;
+            }
+            if stopped && !last {
+                return Ok(Outcome::Interrupted);
+            }
+        }
+        self.finish()?;
+        Ok(Outcome::Finished)
+    }
+
+    /// Mean loss over all labels of the batches, and its gradient for every parameter.
+    fn gradients(&self, batches: &[Batch]) -> Result<(Tensor, Vec<Tensor>)> {
+        let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
+        let mut total: Option<(Tensor, Vec<Tensor>)> = None;
+        for (pass, batch) in (0u64..).zip(batches) {
+            let place = [self.progress.step.to_le_bytes(), pass.to_le_bytes()].concat();
+            let dropout_seed = xxh3_64_with_seed(&place, self.seed);
+            let share = batch.labels.len() as f64 / labels as f64;
+            let loss = (self.model.loss(batch, Some(dropout_seed))? * share)?;
+            let mut found = loss.backward()?;
+            let mut gradients = Vec::with_capacity(self.parameters.vars().len());
+            for (name, var) in self.parameters.vars() {
+                let gradient = found.remove(var);
+                gradients.push(gradient.with_context(|| format!("{name} got no gradient"))?);
+            }
+            let loss = loss.detach();
+            total = Some(match total {
+                None => (loss, gradients),
+                Some((loss_sum, sums)) => {
+                    let sums = sums.iter().zip(&gradients).map(|(sum, g)| sum + g);
+                    (
+                        (loss_sum + loss)?,
+                        sums.collect::<candle_core::Result<_>>()?,
+                    )
+                }
+            });
+        }
+        total.context("a step needs at least one batch")
+    }
+
+    fn count_step(&mut self, batches: &[Batch], loss: Tensor, norm: Tensor, peak: u64) {
+        let tokens = batches
+            .iter()
+            .map(|batch| batch.input_ids.len() as u64)
+            .sum::<u64>();
+        self.window.losses.push(loss);
+        self.window.grad_norms.push(norm);
+        self.window.tokens += tokens;
+        self.progress.step += 1;
+        self.progress.tokens += tokens;
+        self.progress.peak_activation_bytes = self.progress.peak_activation_bytes.max(peak);
+    }
+
+    /// On the CPU, where reading a number is free. A GPU must be waited for: there, [`Self::log`]
+    /// finds out. The optimizer skips an update whose norm is not finite in either case.
+    fn check_finite(&self, gradients: &[Tensor]) -> Result<()> {
+        let (Some(loss), Some(norm)) = (self.window.losses.last(), self.window.grad_norms.last())
+        else {
+            return Ok(());
+        };
+        if !loss.device().is_cpu() {
+            return Ok(());
+        }
+        let (loss, norm) = (loss.to_scalar::<f32>()?, norm.to_scalar::<f32>()?);
+        if loss.is_finite() && norm.is_finite() {
+            return Ok(());
+        }
+        let mut bad = Vec::new();
+        for ((name, _), gradient) in self.parameters.vars().iter().zip(gradients) {
+            if !global_norm(std::slice::from_ref(gradient))?
+                .to_scalar::<f32>()?
+                .is_finite()
+            {
+                bad.push(name.as_str());
+            }
+        }
+        bad.truncate(5);
+        bail!(
+            "step {}: loss {loss}, gradient norm {norm}; the first gradients that are not finite: {}. \
+             The update was not applied, and the last checkpoint is as it was; try a lower --lr or a longer --warmup-ratio",
+            self.progress.step,
+            bad.join(", ")
+        )
+    }
+
+    /// Writes the mean of the window as a record and empties it.
+    fn log(&mut self, bar: &ProgressBar) -> Result<()> {
+        let window = std::mem::take(&mut self.window);
+        if window.losses.is_empty() {
+            return Ok(());
+        }
+        let losses: Vec<f32> = Tensor::stack(&window.losses, 0)?.to_vec1()?;
+        let norms: Vec<f32> = Tensor::stack(&window.grad_norms, 0)?.to_vec1()?;
+        let seconds = self.clock.seconds();
+        let record = TrainRecord {
+            step: self.progress.step,
+            tokens: self.progress.tokens,
+            loss: mean(&losses),
+            lr: window.lr,
+            grad_norm: mean(&norms),
+            tokens_per_second: window.tokens as f64 / (seconds - self.progress.seconds),
+            seconds,
+        };
+        self.progress.seconds = seconds;
+        self.writer.write(&Record::Train(record))?;
+        bar.set_message(format!(
+            "loss {:.3}, lr {:.1e}, {:.0} tokens/s",
+            record.loss, record.lr, record.tokens_per_second
+        ));
+        ensure!(
+            record.loss.is_finite() && record.grad_norm.is_finite(),
+            "steps {} to {}: losses {losses:?}, gradient norms {norms:?} are not all finite. Updates \
+             with such gradients were not applied, and the last checkpoint is as it was; try a lower --lr or a longer --warmup-ratio",
+            record.step + 1 - losses.len() as u64,
+            record.step
+        );
+        Ok(())
+    }
+
+    /// Writes loss and accuracy on held-out text.
+    fn evaluate(&mut self, batches: &[Batch], bar: &ProgressBar) -> Result<()> {
+        self.clock.pause();
+        let dtype = self.config.dtype.dtype();
+        let model = LanguageModel::new(&self.model_config, &self.parameters, false, dtype)?;
+        let start = Instant::now();
+        let score = model.evaluate(batches)?;
+        self.progress.inference_tokens_per_second =
+            score.tokens as f64 / start.elapsed().as_secs_f64();
+        let record = EvalRecord {
+            step: self.progress.step,
+            tokens: self.progress.tokens,
+            loss: score.loss,
+            accuracy: score.accuracy,
+            perplexity: score.loss.exp(),
+        };
+        self.writer.write(&Record::Eval(record))?;
+        bar.suspend(|| {
+            tracing::info!(
+                "step {:>6}: eval loss {:.4}, accuracy {:.4}, perplexity {:.1}",
+                record.step,
+                record.loss,
+                record.accuracy,
+                record.perplexity
+            );
+        });
+        self.clock.start();
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.clock.pause();
+        checkpoint::save_training(
+            &self.checkpoint,
+            &self.model_config,
+            &self.parameters,
+            &self.tokenizer,
+            &self.optimizer,
+            &self.progress,
+        )?;
+        self.clock.start();
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let Progress {
+            step,
+            tokens,
+            seconds,
+            peak_activation_bytes,
+            inference_tokens_per_second,
+        } = self.progress;
+        self.writer.write(&Record::Summary(RunSummary {
+            step,
+            seconds,
+            train_tokens_per_second: tokens as f64 / seconds,
+            inference_tokens_per_second,
+            peak_activation_bytes,
+            optimizer_bytes: self.optimizer.state_bytes(),
+        }))
+    }
+}
+
+/// Whether AdamW decays a parameter: not biases and LayerNorm, as in Devlin et al. 2018.
+fn decays(name: &str) -> bool {
+    !name.ends_with(".bias") && !name.contains("LayerNorm")
+}
+
+fn mean(values: &[f32]) -> f64 {
+    values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64
+}
+
+fn progress_bar(config: &TrainConfig, step: u64) -> ProgressBar {
+    let template = "{bar:30} {pos}/{len} {msg}, {eta} left";
+    let bar = ProgressBar::new(config.steps).with_position(step);
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.reset_eta();
+    bar
+}
+
+/// Time that can be paused; starts paused.
+struct Stopwatch {
+    before: Duration,
+    running_since: Option<Instant>,
+}
+
+impl Stopwatch {
+    fn new(seconds: f64) -> Self {
+        Self {
+            before: Duration::from_secs_f64(seconds),
+            running_since: None,
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        let running = self
+            .running_since
+            .map_or(Duration::ZERO, |since| since.elapsed());
+        (self.before + running).as_secs_f64()
+    }
+
+    fn pause(&mut self) {
+        if let Some(since) = self.running_since.take() {
+            self.before += since.elapsed();
+        }
+    }
+
+    fn start(&mut self) {
+        self.running_since.get_or_insert_with(Instant::now);
+    }
+}
