@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{AdamW, Moments};
+use candle_rope_attn::ops::{AdamW, AdamWState};
 use hf_hub::api::sync::ApiBuilder;
 
 use crate::config::{BertConfig, ModelType};
@@ -91,9 +91,9 @@ pub(crate) fn save_training(
     progress: &Progress,
 ) -> Result<()> {
     let mut moments = Vec::new();
-    for ((name, _), state) in parameters.vars().iter().zip(optimizer.state()) {
-        moments.push((format!("{name}.exp_avg"), state.exp_avg.clone()));
-        moments.push((format!("{name}.exp_avg_sq"), state.exp_avg_sq.clone()));
+    for ((name, _), (first, second)) in parameters.vars().iter().zip(optimizer.state()?.moments) {
+        moments.push((format!("{name}.exp_avg"), first));
+        moments.push((format!("{name}.exp_avg_sq"), second));
     }
     write_dir(dir, |dir| {
         write_model(dir, config, parameters)?;
@@ -133,7 +133,7 @@ pub(crate) fn read_optimizer(
     dir: &Path,
     parameters: &Parameters,
     optimizer: &mut AdamW,
-    steps: u64,
+    progress: &Progress,
 ) -> Result<()> {
     let path = dir.join(OPTIMIZER);
     let mut tensors = read_safetensors(&path, parameters.device())?;
@@ -146,14 +146,13 @@ pub(crate) fn read_optimizer(
         };
         tensors.remove(&name).with_context(missing)
     };
-    let mut state = Vec::new();
+    let mut moments = Vec::new();
     for (name, _) in parameters.vars() {
-        state.push(Moments {
-            exp_avg: take(format!("{name}.exp_avg"))?,
-            exp_avg_sq: take(format!("{name}.exp_avg_sq"))?,
-        });
+        moments.push((take(format!("{name}.exp_avg"))?, take(format!("{name}.exp_avg_sq"))?));
     }
-    Ok(optimizer.load_state(state, steps)?)
+    let steps = u32::try_from(progress.step).context("too many steps")?;
+    optimizer.load_state(&AdamWState { steps, moments })?;
+    Ok(())
 }
 
 /// The checkpoint directory `dir`, if there is one; also where a killed process was about to give

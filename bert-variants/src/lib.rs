@@ -7,9 +7,21 @@ pub mod data;
 pub mod memory;
 pub mod model;
 pub mod parameters;
+pub mod pretrain;
 pub mod record;
 pub mod report;
 pub mod schedule;
 pub mod settings;
 pub mod tokenizer;
 pub mod train;
+
+/// Prints log messages to standard error: those of level info, or as the variable `RUST_LOG` says.
+pub fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+}

@@ -30,6 +30,33 @@ pub(crate) enum Init {
     Ones,
 }
 
+/// How many weights a model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParameterCounts {
+    /// All of them; the tied decoder counts once.
+    pub all: u64,
+    /// Those of the position table, 0 without one.
+    pub positions: u64,
+}
+
+impl ParameterCounts {
+    /// Of a model with this configuration.
+    pub fn of(config: &BertConfig) -> Self {
+        let mut counts = Self {
+            all: 0,
+            positions: 0,
+        };
+        for (name, shape, _) in layout(config) {
+            let count = shape.iter().product::<usize>() as u64;
+            counts.all += count;
+            if name == POSITION_EMBEDDINGS {
+                counts.positions = count;
+            }
+        }
+        counts
+    }
+}
+
 /// All trainable weights of one model, f32, in a fixed order.
 pub struct Parameters {
     vars: Vec<(String, Var)>,
@@ -109,16 +136,6 @@ impl Parameters {
         self.vars[0].1.device()
     }
 
-    /// Number of weights; the tied decoder counts once.
-    pub fn count(&self) -> u64 {
-        self.vars.iter().map(|(_, var)| var.elem_count() as u64).sum()
-    }
-
-    /// Number of weights in the position table, 0 without one.
-    pub fn position_count(&self) -> u64 {
-        self.get(POSITION_EMBEDDINGS, false)
-            .map_or(0, |table| table.elem_count() as u64)
-    }
 
     /// The weights under transformers' names (without the model's prefix).
     ///
@@ -217,9 +234,12 @@ mod tests {
             Parameters::init(&config(model_type), seed, &Device::Cpu).unwrap()
         };
         let (bert, roformer) = (init(ModelType::Bert, 1), init(ModelType::Roformer, 1));
-        assert_eq!(bert.position_count(), 32 * 16);
-        assert_eq!(roformer.position_count(), 0);
-        assert_eq!(bert.count(), roformer.count() + 32 * 16);
+        let counts = |model_type| ParameterCounts::of(&config(model_type));
+        let (absolute, rope) = (counts(ModelType::Bert), counts(ModelType::Roformer));
+        assert_eq!((absolute.positions, rope.positions), (32 * 16, 0));
+        assert_eq!(absolute.all, rope.all + 32 * 16);
+        let elements = bert.vars().iter().map(|(_, var)| var.elem_count() as u64).sum::<u64>();
+        assert_eq!(absolute.all, elements);
 
         let (mut bert, roformer) = (values(&bert), values(&roformer));
         assert!(bert.remove(POSITION_EMBEDDINGS).is_some());

@@ -33,7 +33,9 @@ where
         };
         for (key, value) in table {
             let known = lookup(keys, &key, "key").with_context(|| format!("{}, [{section}]", at()))?;
-            if matches.value_source(&key) != Some(ValueSource::CommandLine) {
+            let on_command_line = matches.try_contains_id(&key).is_ok()
+                && matches.value_source(&key) == Some(ValueSource::CommandLine);
+            if !on_command_line {
                 *known = value;
             }
         }

@@ -1,19 +1,20 @@
 //! The training loop.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{AdamW, AdamWConfig, global_norm};
+use candle_rope_attn::ops::{AdamW, Parameter, global_norm};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::checkpoint;
 use crate::config::BertConfig;
-use crate::data::{Batch, Batches, Prefetch};
+use crate::data::{Batch, Batches};
 use crate::memory::PeakMeter;
 use crate::model::LanguageModel;
 use crate::parameters::Parameters;
@@ -160,13 +161,13 @@ impl TrainConfig {
         }
     }
 
-    fn adamw(&self) -> AdamWConfig {
-        AdamWConfig {
-            beta1: self.adam_beta1,
-            beta2: self.adam_beta2,
-            eps: self.adam_epsilon,
-            weight_decay: self.weight_decay,
-        }
+    fn optimizer(&self, parameters: &Parameters) -> Result<AdamW> {
+        let parameters = parameters.vars().iter().map(|(name, var)| Parameter {
+            var: var.clone(),
+            weight_decay: if decays(name) { self.weight_decay } else { 0.0 },
+        });
+        let betas = (self.adam_beta1, self.adam_beta2);
+        Ok(AdamW::new(parameters.collect(), betas, self.adam_epsilon)?)
     }
 }
 
@@ -193,7 +194,7 @@ impl Precision {
 /// The batches of a run.
 pub struct RunData {
     /// Training batches, of `batch_size` sequences.
-    pub train: Batches,
+    pub train: Arc<Batches>,
     /// Held-out batches.
     pub eval: Vec<Batch>,
 }
@@ -256,7 +257,7 @@ impl Trainer {
     /// When `dir` holds a run and `resume` is false, or a run with other settings, or cannot be
     /// written; when memory runs out.
     pub fn new(
-        dir: PathBuf,
+        dir: &Path,
         header: &RunHeader,
         config: &TrainConfig,
         model_config: &BertConfig,
@@ -268,7 +269,7 @@ impl Trainer {
         let seed = header.seed;
         let resume = resume && dir.join(METRICS_FILE).exists();
         if resume {
-            read_run(&dir)?.header.check_resumable_as(header)?;
+            read_run(dir)?.header.check_resumable_as(header)?;
         }
         let checkpoint = dir.join(CHECKPOINT_DIR);
         let found = resume && checkpoint::find_training(&checkpoint)?;
@@ -280,19 +281,14 @@ impl Trainer {
                 Progress::default(),
             )
         };
-        let vars = parameters.vars().iter();
-        let mut optimizer = AdamW::new(
-            vars.map(|(name, var)| (var.clone(), decays(name)))
-                .collect(),
-            config.adamw(),
-        )?;
+        let mut optimizer = config.optimizer(&parameters)?;
         if found {
-            checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, progress.step)?;
+            checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, &progress)?;
         }
         let writer = if resume {
-            RunWriter::resume(&dir, found.then_some(progress.step))?
+            RunWriter::resume(dir, found.then_some(progress.step))?
         } else {
-            RunWriter::create(&dir, header)?
+            RunWriter::create(dir, header)?
         };
         Ok(Self {
             model: LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?,
@@ -322,7 +318,7 @@ impl Trainer {
         if self.progress.step == 0 {
             self.evaluate(&data.eval, &bar)?;
         }
-        let mut batches = Prefetch::new(&data.train, self.progress.step * passes as u64);
+        let mut batches = data.train.prefetch(self.progress.step * passes as u64)?;
         self.clock.start();
         while self.progress.step < self.config.steps {
             let batches = batches.by_ref().take(passes).collect::<Result<Vec<_>>>()?;

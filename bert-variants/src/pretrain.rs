@@ -1,0 +1,378 @@
+//! Pretraining and comparing variants: what the program `pretrain` does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{BertConfig, ModelType};
+use crate::data::{BatchConfig, Batches, Data, DataConfig, Objective};
+use crate::parameters::ParameterCounts;
+use crate::record::{METRICS_FILE, Run, RunHeader, read_run, write_atomic};
+use crate::report::{ReportOptions, ReportPaths, write_report};
+use crate::train::{Outcome, RunData, TrainConfig, Trainer};
+
+/// Everything that decides what is trained and where it is written.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+pub struct PretrainConfig {
+    /// Which runs, and where.
+    #[command(flatten)]
+    pub run: RunConfig,
+    /// Text.
+    #[command(flatten)]
+    pub data: DataConfig,
+    /// Sizes of the model.
+    #[command(flatten)]
+    pub model: ModelSize,
+    /// Sequences and masks.
+    #[command(flatten)]
+    pub batch: SequenceConfig,
+    /// Optimisation.
+    #[command(flatten)]
+    pub train: TrainConfig,
+}
+
+/// Which runs to make, and where.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Runs")]
+pub struct RunConfig {
+    /// Variants to train and compare.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = RunConfig::default().variants)]
+    pub variants: Vec<ModelType>,
+    /// Objectives to train each variant on.
+    #[arg(long, value_enum, default_value_t = RunConfig::default().objective)]
+    pub objective: Objectives,
+    /// Seeds to train each variant with: of weights, order of text, masks and dropout.
+    #[arg(long, value_delimiter = ',', default_values_t = RunConfig::default().seeds)]
+    pub seeds: Vec<u64>,
+    /// Folder for the runs and the report.
+    #[arg(long, default_value = RunConfig::default().out.into_os_string())]
+    pub out: PathBuf,
+    /// cpu, cuda, or cuda:N for the GPU of that number.
+    #[arg(long, default_value_t = RunConfig::default().device)]
+    pub device: String,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            variants: vec![ModelType::Bert, ModelType::Roformer],
+            objective: Objectives::Mlm,
+            seeds: vec![0],
+            out: "runs".into(),
+            device: "cpu".into(),
+        }
+    }
+}
+
+/// One objective, or both in runs of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Objectives {
+    /// Masked language modelling.
+    Mlm,
+    /// Causal language modelling.
+    Clm,
+    /// Each in its own runs.
+    Both,
+}
+
+impl Objectives {
+    fn list(self) -> &'static [Objective] {
+        match self {
+            Self::Mlm => &[Objective::Mlm],
+            Self::Clm => &[Objective::Clm],
+            Self::Both => &[Objective::Mlm, Objective::Clm],
+        }
+    }
+}
+
+/// Sizes of the model, with the keys of Hugging Face's `config.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Model")]
+pub struct ModelSize {
+    /// Encoder layers.
+    #[arg(long, default_value_t = ModelSize::default().num_hidden_layers)]
+    pub num_hidden_layers: usize,
+    /// Width of the residual stream.
+    #[arg(long, default_value_t = ModelSize::default().hidden_size)]
+    pub hidden_size: usize,
+    /// Attention heads.
+    #[arg(long, default_value_t = ModelSize::default().num_attention_heads)]
+    pub num_attention_heads: usize,
+    /// Width of the MLP [default: 4 times --hidden-size]
+    #[arg(long)]
+    pub intermediate_size: Option<usize>,
+    /// Rows of the position table [default: --seq-len]
+    #[arg(long)]
+    pub max_position_embeddings: Option<usize>,
+    /// Dropout after embeddings, attention and MLP.
+    #[arg(long, default_value_t = ModelSize::default().hidden_dropout_prob)]
+    pub hidden_dropout_prob: f32,
+}
+
+impl Default for ModelSize {
+    fn default() -> Self {
+        Self {
+            num_hidden_layers: 4,
+            hidden_size: 128,
+            num_attention_heads: 4,
+            intermediate_size: None,
+            max_position_embeddings: None,
+            hidden_dropout_prob: 0.0,
+        }
+    }
+}
+
+/// How text becomes sequences.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Sequences")]
+pub struct SequenceConfig {
+    /// Most tokens of a sequence.
+    #[arg(long, default_value_t = SequenceConfig::default().seq_len)]
+    pub seq_len: usize,
+    /// Share of tokens to predict in training, for masked language modelling.
+    #[arg(long, default_value_t = SequenceConfig::default().mask_rate)]
+    pub mask_rate: f64,
+    /// The same in evaluation.
+    #[arg(long, default_value_t = SequenceConfig::default().eval_mask_rate)]
+    pub eval_mask_rate: f64,
+    /// Most held-out sequences to evaluate on.
+    #[arg(long, default_value_t = SequenceConfig::default().eval_sequences)]
+    pub eval_sequences: usize,
+}
+
+impl Default for SequenceConfig {
+    fn default() -> Self {
+        Self {
+            seq_len: 128,
+            mask_rate: 0.3,
+            eval_mask_rate: 0.15,
+            eval_sequences: 128,
+        }
+    }
+}
+
+/// Trains every variant with every objective and seed, then compares all of them.
+///
+/// A run already in `out` is an error, unless `resume` continues it, or leaves it where it is
+/// finished. `None` where `stop` ended it early.
+///
+/// # Errors
+/// When a setting is wrong, text cannot be read, a loss is not finite, or a file cannot be
+/// written.
+pub fn pretrain(
+    config: &PretrainConfig,
+    resume: bool,
+    stop: &AtomicBool,
+) -> Result<Option<ReportPaths>> {
+    let RunConfig {
+        variants,
+        objective,
+        seeds,
+        out,
+        device,
+    } = &config.run;
+    ensure!(!variants.is_empty(), "--variants is empty, expected at least one");
+    ensure!(!seeds.is_empty(), "--seeds is empty, expected at least one");
+    config.train.validate()?;
+    let device = open_device(device)?;
+    // Before the text is read, which may take long.
+    for variant in variants {
+        config.model_config(*variant, Objective::Mlm, 1)?;
+    }
+    let data = Data::open(&config.data)?;
+    tracing::info!("training on {}", data.train.description());
+    tracing::info!("evaluating on {}", data.validation.description());
+
+    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    write_atomic(&out.join("settings.toml"), toml::to_string_pretty(config)?.as_bytes())?;
+    let mut runs = Vec::new();
+    for objective in objective.list() {
+        for seed in seeds {
+            for variant in variants {
+                let plan = Plan {
+                    config,
+                    data: &data,
+                    device: &device,
+                    objective: *objective,
+                    seed: *seed,
+                    variant: *variant,
+                };
+                match plan.run(resume, stop)? {
+                    Some(run) => runs.push(run),
+                    None => return Ok(None),
+                }
+            }
+        }
+    }
+    write_report(&runs, &out.join("report"), &ReportOptions::default()).map(Some)
+}
+
+impl PretrainConfig {
+    fn model_config(
+        &self,
+        variant: ModelType,
+        objective: Objective,
+        vocab_size: usize,
+    ) -> Result<BertConfig> {
+        let size = &self.model;
+        let mut config = BertConfig::new(
+            variant,
+            vocab_size,
+            size.num_hidden_layers,
+            size.hidden_size,
+            size.num_attention_heads,
+            size.max_position_embeddings.unwrap_or(self.batch.seq_len),
+        )
+        .with_decoder(objective == Objective::Clm);
+        config.intermediate_size = size.intermediate_size.unwrap_or(4 * size.hidden_size);
+        config.hidden_dropout_prob = size.hidden_dropout_prob;
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn batch_config(&self, objective: Objective, seed: u64) -> BatchConfig {
+        BatchConfig {
+            objective,
+            seq_len: self.batch.seq_len,
+            batch_size: self.train.batch_size,
+            mask_rate: self.batch.mask_rate,
+            seed,
+        }
+    }
+}
+
+/// One run to make.
+struct Plan<'a> {
+    config: &'a PretrainConfig,
+    data: &'a Data,
+    device: &'a Device,
+    objective: Objective,
+    seed: u64,
+    variant: ModelType,
+}
+
+impl Plan<'_> {
+    /// Makes the run and reads its records, or `None` where it was stopped.
+    fn run(&self, resume: bool, stop: &AtomicBool) -> Result<Option<Run>> {
+        let dir = self.config.run.out.join(self.name());
+        if resume && is_finished(&dir) {
+            tracing::info!("{} is finished already", self.name());
+            return read_run(&dir).map(Some);
+        }
+        tracing::info!("training {}", self.name());
+        let vocab_size = self.data.tokenizer.vocab_size();
+        let model_config = self.config.model_config(self.variant, self.objective, vocab_size)?;
+        let batches = self.batches()?;
+        let mut trainer = Trainer::new(
+            &dir,
+            &self.header(&model_config)?,
+            &self.config.train,
+            &model_config,
+            self.data.tokenizer.clone(),
+            self.device,
+            resume,
+        )
+        .with_context(|| format!("cannot train {}", self.name()))?;
+        match trainer.train(&batches, stop)? {
+            Outcome::Finished => read_run(&dir).map(Some),
+            Outcome::Interrupted => Ok(None),
+        }
+    }
+
+    /// Such as `mlm-roformer-seed0`.
+    fn name(&self) -> String {
+        let objective = match self.objective {
+            Objective::Mlm => "mlm",
+            Objective::Clm => "clm",
+        };
+        format!("{objective}-{}-seed{}", self.variant.name(), self.seed)
+    }
+
+    fn batches(&self) -> Result<RunData> {
+        let config = self.config.batch_config(self.objective, self.seed);
+        let eval_config = BatchConfig {
+            mask_rate: self.config.batch.eval_mask_rate,
+            ..config.clone()
+        };
+        let Data {
+            tokenizer,
+            train,
+            validation,
+        } = self.data;
+        let most = self.config.batch.eval_sequences;
+        let eval = Batches::evaluation(validation.clone(), tokenizer, eval_config, most)?;
+        Ok(RunData {
+            train: Arc::new(Batches::training(train.clone(), tokenizer, config)?),
+            eval: (0..eval.num_batches()).map(|i| eval.get(i)).collect::<Result<_>>()?,
+        })
+    }
+
+    fn header(&self, model_config: &BertConfig) -> Result<RunHeader> {
+        let parameters = ParameterCounts::of(model_config);
+        Ok(RunHeader {
+            variant: self.variant.name().to_string(),
+            objective: self.objective,
+            seed: self.seed,
+            code_version: code_version(),
+            device: device_name(self.device),
+            parameters: parameters.all,
+            position_parameters: parameters.positions,
+            parameter_bytes: 4 * parameters.all,
+            data: self.data.train.description(),
+            total_steps: self.config.train.steps,
+            model_config: serde_json::to_value(model_config)?,
+            train_config: serde_json::json!({
+                "data": self.config.data,
+                "batch": self.config.batch,
+                "train": self.config.train,
+            }),
+        })
+    }
+}
+
+fn is_finished(dir: &Path) -> bool {
+    dir.join(METRICS_FILE).exists() && read_run(dir).is_ok_and(|run| run.summary.is_some())
+}
+
+/// Version of this program, with the git commit where it was built from a checkout.
+fn code_version() -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match option_env!("GIT_COMMIT") {
+        Some(commit) => format!("{version} ({commit})"),
+        None => version.to_string(),
+    }
+}
+
+fn device_name(device: &Device) -> String {
+    match device {
+        Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
+        Device::Cuda(_) => "cuda".to_string(),
+        Device::Metal(_) => "metal".to_string(),
+    }
+}
+
+/// The device of that name.
+///
+/// # Errors
+/// When there is no such device, or the program was built without it.
+pub fn open_device(name: &str) -> Result<Device> {
+    let ordinal = match name.split_once(':') {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cuda" => Some(0),
+        Some(("cuda", ordinal)) => ordinal.parse().ok(),
+        _ => None,
+    };
+    let ordinal = ordinal
+        .with_context(|| format!("there is no device \"{name}\"; expected cpu, cuda or cuda:N"))?;
+    Ok(candle_rope_attn::cuda_device(ordinal)?)
+}
