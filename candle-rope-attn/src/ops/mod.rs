@@ -1,1 +1,5 @@
 //! Differentiable operations besides attention.
+
+mod rope;
+
+pub use rope::rope;
