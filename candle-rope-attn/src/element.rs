@@ -6,6 +6,10 @@ use half::{bf16, f16};
 
 /// A tensor's element type.
 pub(crate) trait Element: WithDType {
+    /// Widens one element.
+    fn to_f32(self) -> f32;
+    /// Rounds to one element.
+    fn from_f32(x: f32) -> Self;
     /// Widens a row. Both slices have one length.
     fn load(row: &[Self], out: &mut [f32]);
     /// Rounds a row. Both slices have one length.
@@ -13,6 +17,16 @@ pub(crate) trait Element: WithDType {
 }
 
 impl Element for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+
     fn load(row: &[Self], out: &mut [f32]) {
         out.copy_from_slice(row);
     }
@@ -25,6 +39,16 @@ impl Element for f32 {
 macro_rules! half_element {
     ($half:ty) => {
         impl Element for $half {
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                <$half>::to_f32(self)
+            }
+
+            #[inline(always)]
+            fn from_f32(x: f32) -> Self {
+                <$half>::from_f32(x)
+            }
+
             fn load(row: &[Self], out: &mut [f32]) {
                 row.convert_to_f32_slice(out);
             }

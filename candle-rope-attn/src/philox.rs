@@ -60,6 +60,25 @@ impl DropoutMask {
             [head as u32; N],
             [sequence as u32; N],
         ];
+        self.keeps_at(counter)
+    }
+
+    /// Whether each element of groups `first_group..first_group + N` of four elements in a row is
+    /// kept, for a tensor whose elements are numbered through: the counter is the group.
+    #[inline(always)]
+    pub fn keeps_elements<const N: usize>(&self, first_group: u64) -> [[bool; N]; 4] {
+        let groups: [u64; N] = std::array::from_fn(|lane| first_group + lane as u64);
+        let counter = [
+            groups.map(|group| group as u32),
+            groups.map(|group| (group >> 32) as u32),
+            [0; N],
+            [0; N],
+        ];
+        self.keeps_at(counter)
+    }
+
+    #[inline(always)]
+    fn keeps_at<const N: usize>(&self, counter: [[u32; N]; 4]) -> [[bool; N]; 4] {
         philox4x32(counter, self.key).map(|words| words.map(|word| word >= self.threshold))
     }
 }

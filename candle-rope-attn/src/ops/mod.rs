@@ -1,5 +1,77 @@
 //! Differentiable operations besides attention.
+//!
+//! Each runs on f32, bf16 and f16 with f32 arithmetic, has a backward pass of its own, and keeps
+//! only what that needs. Results on the CPU are the same bits on any number of threads.
 
+mod adamw;
+mod cpu;
+mod cross_entropy;
+mod dropout;
+mod gather;
+mod gelu;
+mod global_norm;
+mod layer_norm;
+mod linear;
 mod rope;
 
+use std::sync::OnceLock;
+
+use candle_core::{Context, DType, Device, Result, Tensor, bail};
+
+pub use adamw::{AdamW, AdamWState, Parameter};
+pub use cross_entropy::cross_entropy;
+pub use dropout::dropout;
+pub use gather::{embedding, gather_rows};
+pub use gelu::gelu;
+pub use global_norm::global_norm;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
 pub use rope::rope;
+
+/// Checks the dtype of a tensor.
+fn check_dtype(op: &str, name: &str, tensor: &Tensor, expected: DType) -> Result<()> {
+    if tensor.dtype() != expected {
+        bail!(
+            "{op}: got {name} of dtype {:?}, expected {expected:?}; convert it with to_dtype",
+            tensor.dtype()
+        )
+    }
+    Ok(())
+}
+
+/// Checks the shape of a tensor; `why` says where the expected one comes from.
+fn check_shape(op: &str, name: &str, tensor: &Tensor, expected: &[usize], why: &str) -> Result<()> {
+    if tensor.dims() != expected {
+        bail!(
+            "{op}: got {name} of shape {:?}, expected {expected:?} to fit {why}",
+            tensor.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Checks the device of a tensor.
+fn check_device(op: &str, name: &str, tensor: &Tensor, expected: &Device) -> Result<()> {
+    if !tensor.device().same_device(expected) {
+        bail!(
+            "{op}: got {name} on {:?}, expected it on {:?}; move it with to_device",
+            tensor.device().location(),
+            expected.location()
+        )
+    }
+    Ok(())
+}
+
+/// A tensor that one run of an operation leaves beside its result.
+#[derive(Default)]
+struct Saved(OnceLock<Tensor>);
+
+impl Saved {
+    fn put(&self, tensor: Tensor) {
+        self.0.get_or_init(|| tensor);
+    }
+
+    fn get(&self) -> Result<&Tensor> {
+        self.0.get().context("the operation has not run yet")
+    }
+}

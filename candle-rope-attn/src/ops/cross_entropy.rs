@@ -1,0 +1,155 @@
+//! Cross-entropy of a softmax with its labels.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{WithDType, bail};
+use rayon::prelude::*;
+
+use super::Saved;
+use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element, zeros};
+use crate::element::{Element, check_dtype};
+
+/// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
+///
+/// logits are `[n, vocab]` in f32, bf16 or f16, computed with in f32; labels are u32 `[n]`. Only
+/// the log-sum-exp of each row is kept for the backward pass.
+///
+/// # Errors
+/// When a dtype or shape is another, there are no rows, or a label is not below `vocab`. On a GPU,
+/// where that would have to be waited for, such a label makes the loss NaN instead.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let op = "cross_entropy";
+    check_dtype(op, logits.dtype())?;
+    super::check_dtype(op, "labels", labels, DType::U32)?;
+    if logits.rank() != 2 || logits.elem_count() == 0 {
+        bail!(
+            "{op}: got logits of shape {:?}, expected [n, vocab] with at least one row; skip batches without labels",
+            logits.dims()
+        )
+    }
+    super::check_shape(
+        op,
+        "labels",
+        labels,
+        &[logits.dim(0)?],
+        "the rows of logits",
+    )?;
+    logits.contiguous()?.apply_op2(
+        &labels.contiguous()?,
+        CrossEntropy {
+            lse: Saved::default(),
+        },
+    )
+}
+
+struct CrossEntropy {
+    /// Log-sum-exp of every row, f32 `[n]`, for the backward pass.
+    lse: Saved,
+}
+
+#[inline(always)]
+fn log_sum_exp<T: Element>(logits: &[T]) -> f32 {
+    let max = max(logits);
+    max + sum(logits, |x| exp(x.to_f32() - max)).ln()
+}
+
+impl CustomOp2 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        logits_layout: &Layout,
+        labels: &CpuStorage,
+        labels_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, vocab) = logits_layout.shape().dims2()?;
+        let labels = values::<u32>(labels, labels_layout)?;
+        if let Some(row) = labels.iter().position(|label| *label as usize >= vocab) {
+            bail!(
+                "cross_entropy: got label {} in row {row}, but logits has {vocab} columns",
+                labels[row]
+            )
+        }
+        let (lse, losses): (Vec<_>, Vec<_>) = with_element!(logits.dtype(), T => {
+            let logits = values::<T>(logits, logits_layout)?.par_chunks(vocab).zip(labels);
+            let row = |(logits, label): (&[T], &u32)| {
+                let lse = vectorized(
+                    #[inline(always)]
+                    || log_sum_exp(logits),
+                );
+                (lse, f64::from(lse - logits[*label as usize].to_f32()))
+            };
+            logits.map(row).unzip()
+        });
+        self.lse.put(Tensor::from_vec(lse, rows, &Device::Cpu)?);
+        let mean = losses.iter().sum::<f64>() / rows as f64;
+        Ok((CpuStorage::F32(vec![mean as f32]), ().into()))
+    }
+
+    fn bwd(
+        &self,
+        logits: &Tensor,
+        labels: &Tensor,
+        _loss: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let backward = CrossEntropyBackward {
+            lse: self.lse.get()?,
+        };
+        Ok((
+            Some(logits.apply_op3_no_bwd(labels, grad, &backward)?),
+            None,
+        ))
+    }
+}
+
+/// `(softmax(logits) - onehot(labels)) * grad / n`.
+struct CrossEntropyBackward<'a> {
+    lse: &'a Tensor,
+}
+
+impl CustomOp3 for CrossEntropyBackward<'_> {
+    fn name(&self) -> &'static str {
+        "cross_entropy backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        logits_layout: &Layout,
+        labels: &CpuStorage,
+        labels_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, vocab) = logits_layout.shape().dims2()?;
+        let labels = values::<u32>(labels, labels_layout)?;
+        let scale = values::<f32>(grad, grad_layout)?[0] / rows as f32;
+        let (lse, lse_layout) = self.lse.storage_and_layout();
+        let lse = tensor_values::<f32>(&lse, lse_layout)?;
+        let d_logits = with_element!(logits.dtype(), T => {
+            let logits = values::<T>(logits, logits_layout)?;
+            let mut d_logits = zeros(logits.len());
+            (logits.par_chunks(vocab), d_logits.par_chunks_mut(vocab), labels, lse)
+                .into_par_iter()
+                .for_each(|(logits, d_logits, label, lse)| {
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for (d, x) in d_logits.iter_mut().zip(logits) {
+                                *d = T::from_f32(exp(x.to_f32() - lse) * scale);
+                            }
+                        },
+                    );
+                    let label = *label as usize;
+                    let probability = exp(logits[label].to_f32() - lse);
+                    d_logits[label] = T::from_f32((probability - 1.0) * scale);
+                });
+            T::to_cpu_storage_owned(d_logits)
+        });
+        Ok((d_logits, logits_layout.shape().clone()))
+    }
+}

@@ -1,0 +1,85 @@
+//! Dropout (Srivastava et al. 2014, <https://jmlr.org/papers/v15/srivastava14a.html>).
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use rayon::prelude::*;
+
+use super::cpu::{CHUNK, values, vectorized, with_element, zeros};
+use crate::element::{Element, check_dtype};
+use crate::philox::DropoutMask;
+use crate::spec::Dropout;
+
+/// Elements whose random words are drawn together.
+const LANES: usize = 64;
+
+/// Zeroes elements of x with probability p and multiplies the others by `1 / (1 - p)`.
+///
+/// x is f32, bf16 or f16 of any shape. What is dropped depends on the seed and the place alone, so
+/// nothing is kept for the backward pass: element i, counted in row-major order, is dropped when
+/// word `i % 4` of Philox4x32-10 with counter `(i / 4 low, i / 4 high, 0, 0)` and key
+/// `(seed low, seed high)` is below `p * 2^32`.
+///
+/// # Errors
+/// When the dtype is another, or p is outside `[0, 1)`.
+pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
+    check_dtype("dropout", x.dtype())?;
+    if !(0.0..1.0).contains(&p) {
+        bail!("dropout: got probability {p}, expected one in [0, 1)")
+    }
+    if p == 0.0 {
+        return Ok(x.clone());
+    }
+    x.contiguous()?
+        .apply_op1(Mask(DropoutMask::new(Dropout { p, seed })))
+}
+
+#[derive(Clone, Copy)]
+struct Mask(DropoutMask);
+
+impl Mask {
+    fn apply<T: Element>(self, x: &[T]) -> Vec<T> {
+        let mut y = zeros(x.len());
+        let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate();
+        chunks.for_each(|(chunk, (y, x))| {
+            let first_group = (chunk * CHUNK / 4) as u64;
+            vectorized(
+                #[inline(always)]
+                || self.apply_chunk(first_group, x, y),
+            )
+        });
+        y
+    }
+
+    #[inline(always)]
+    fn apply_chunk<T: Element>(self, first_group: u64, x: &[T], y: &mut [T]) {
+        let blocks = x.chunks(LANES).zip(y.chunks_mut(LANES));
+        for ((x, y), group) in blocks.zip((first_group..).step_by(LANES / 4)) {
+            let keeps = self.0.keeps_elements::<{ LANES / 4 }>(group);
+            for (i, (x, y)) in x.iter().zip(y).enumerate() {
+                let factor = if keeps[i % 4][i / 4] {
+                    self.0.scale
+                } else {
+                    0.0
+                };
+                *y = T::from_f32(x.to_f32() * factor);
+            }
+        }
+    }
+}
+
+impl CustomOp1 for Mask {
+    fn name(&self) -> &'static str {
+        "dropout"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = with_element!(x.dtype(), T => {
+            T::to_cpu_storage_owned(self.apply::<T>(values(x, layout)?))
+        });
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        grad.contiguous()?.apply_op1_no_bwd(self).map(Some)
+    }
+}

@@ -1,0 +1,105 @@
+//! GELU with the error function (Hendrycks and Gimpel 2016, <https://arxiv.org/abs/1606.08415>).
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
+
+use super::cpu::{self, values, with_element};
+use crate::element::check_dtype;
+
+/// `x * Phi(x)` of every element, where `Phi` is the normal distribution function; `gelu` of
+/// transformers' configurations. f32, bf16 or f16, any shape.
+///
+/// # Errors
+/// When the dtype is another.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    check_dtype("gelu", x.dtype())?;
+    x.contiguous()?.apply_op1(Gelu)
+}
+
+struct Gelu;
+
+impl CustomOp1 for Gelu {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = with_element!(x.dtype(), T => {
+            let y = cpu::map(values::<T>(x, layout)?, |x| x * Normal::at(x).cdf);
+            T::to_cpu_storage_owned(y)
+        });
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        x.apply_op2_no_bwd(&grad.contiguous()?, &GeluBackward)
+            .map(Some)
+    }
+}
+
+/// `grad * (Phi(x) + x * phi(x))`.
+struct GeluBackward;
+
+impl CustomOp2 for GeluBackward {
+    fn name(&self) -> &'static str {
+        "gelu backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let dx = with_element!(x.dtype(), T => {
+            let (x, grad) = (values::<T>(x, x_layout)?, values::<T>(grad, grad_layout)?);
+            T::to_cpu_storage_owned(cpu::map2(x, grad, |x, grad| {
+                let normal = Normal::at(x);
+                grad * (normal.cdf + x * normal.pdf)
+            }))
+        });
+        Ok((dx, x_layout.shape().clone()))
+    }
+}
+
+/// The standard normal distribution at one point.
+struct Normal {
+    cdf: f32,
+    pdf: f32,
+}
+
+impl Normal {
+    /// With `cdf(-x) = exp(-x^2 / 2) * t * q(t)`, `t = 1 / (1 + S * x)` for `x >= 0`, where `q` is
+    /// the polynomial through the 11 Chebyshev nodes of `0 <= t <= 1`: relative error 8e-9 before
+    /// rounding, so that the negative tail is exact too.
+    #[inline(always)]
+    fn at(x: f32) -> Self {
+        const S: f32 = 0.282_842_7;
+        const Q: [f32; 11] = [
+            -0.014_934_314,
+            0.071_920_54,
+            -0.121_520_87,
+            0.073_401_62,
+            -0.026_896_583,
+            0.043_560_32,
+            0.059_047_56,
+            0.085_945_286,
+            0.103_800_36,
+            0.112_838_16,
+            0.112_837_92,
+        ];
+        const INV_SQRT_2PI: f32 = 0.398_942_3;
+        let t = 1.0 / (1.0 + S * x.abs());
+        let mut q = 0.0;
+        for c in Q {
+            q = q * t + c;
+        }
+        let exp = cpu::exp(-0.5 * x * x);
+        let tail = exp * t * q;
+        Self {
+            cdf: if x < 0.0 { tail } else { 1.0 - tail },
+            pdf: exp * INV_SQRT_2PI,
+        }
+    }
+}

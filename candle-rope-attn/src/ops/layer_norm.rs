@@ -1,0 +1,205 @@
+//! Layer normalisation (Ba et al. 2016, <https://arxiv.org/abs/1607.06450>).
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{IndexOp, WithDType};
+use rayon::prelude::*;
+
+use super::Saved;
+use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with_element, zeros};
+use crate::element::{Element, check_dtype};
+
+/// Rows that one task takes.
+const ROWS: usize = 32;
+
+/// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis.
+///
+/// x is `[.., width]` in f32, bf16 or f16, and so is the result; weight and bias are `[width]` in
+/// f32 whatever the dtype of x. Statistics are in f32.
+///
+/// # Errors
+/// When a dtype or shape is another, or the width is 0.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let op = "layer_norm";
+    check_dtype(op, x.dtype())?;
+    let width = x.dim(D::Minus1)?;
+    if width == 0 {
+        bail!(
+            "{op}: got x of shape {:?}, expected a last axis that is not empty",
+            x.dims()
+        )
+    }
+    for (name, parameter) in [("weight", weight), ("bias", bias)] {
+        super::check_dtype(op, name, parameter, DType::F32)?;
+        super::check_shape(op, name, parameter, &[width], "the last axis of x")?;
+    }
+    let op = LayerNorm {
+        eps: eps as f32,
+        stats: Saved::default(),
+    };
+    x.contiguous()?
+        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
+}
+
+struct LayerNorm {
+    eps: f32,
+    /// Mean and reciprocal standard deviation of every row, f32 `[rows, 2]`, for the backward pass.
+    stats: Saved,
+}
+
+impl LayerNorm {
+    /// The result and the statistics.
+    fn forward<T: Element>(&self, x: &[T], weight: &[f32], bias: &[f32]) -> (Vec<T>, Vec<f32>) {
+        let width = weight.len();
+        let mut y = zeros(x.len());
+        let mut stats = vec![0.0; x.len() / width * 2];
+        let rows = x
+            .par_chunks(width)
+            .zip(y.par_chunks_mut(width))
+            .zip(stats.par_chunks_mut(2));
+        rows.with_min_len(ROWS).for_each(|((x, y), stats)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mean = sum(x, T::to_f32) / width as f32;
+                    let variance = sum(x, |x| (x.to_f32() - mean).powi(2)) / width as f32;
+                    let rstd = 1.0 / (variance + self.eps).sqrt();
+                    for (((y, x), weight), bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                        *y = T::from_f32((x.to_f32() - mean) * rstd * weight + bias);
+                    }
+                    stats.copy_from_slice(&[mean, rstd]);
+                },
+            )
+        });
+        (y, stats)
+    }
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (weight, bias) = (values(weight, weight_layout)?, values(bias, bias_layout)?);
+        let (y, stats) = with_element!(x.dtype(), T => {
+            let (y, stats) = self.forward::<T>(values(x, x_layout)?, weight, bias);
+            (T::to_cpu_storage_owned(y), stats)
+        });
+        self.stats
+            .put(Tensor::from_vec(stats, ((), 2), &Device::Cpu)?);
+        Ok((y, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let backward = LayerNormBackward {
+            stats: self.stats.get()?,
+            d_parameters: Saved::default(),
+        };
+        let dx = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &backward)?;
+        let d_parameters = backward.d_parameters.get()?;
+        Ok((Some(dx), Some(d_parameters.i(0)?), Some(d_parameters.i(1)?)))
+    }
+}
+
+/// With `n = (x - mean) * rstd` and `g = grad * weight`:
+/// `dx = rstd * (g - mean(g) - n * mean(g * n))`, `dweight = sum(grad * n)`, `dbias = sum(grad)`.
+struct LayerNormBackward<'a> {
+    stats: &'a Tensor,
+    /// dweight and dbias, f32 `[2, width]`.
+    d_parameters: Saved,
+}
+
+/// Adds to the gradients of weight and bias and writes that of x, for some rows.
+#[inline(always)]
+fn backward_rows<T: Element>(
+    x: &[T],
+    weight: &[f32],
+    grad: &[T],
+    stats: &[f32],
+    dx: &mut [T],
+) -> Vec<f32> {
+    let width = weight.len();
+    let mut d_parameters = vec![0.0; 2 * width];
+    let (d_weight, d_bias) = d_parameters.split_at_mut(width);
+    let mut g = vec![0.0; width];
+    let rows = x
+        .chunks_exact(width)
+        .zip(grad.chunks_exact(width))
+        .zip(dx.chunks_exact_mut(width));
+    for (((x, grad), dx), stats) in rows.zip(stats.chunks_exact(2)) {
+        let (mean, rstd) = (stats[0], stats[1]);
+        let normal = |x: T| (x.to_f32() - mean) * rstd;
+        for ((g, grad), weight) in g.iter_mut().zip(grad).zip(weight) {
+            *g = grad.to_f32() * weight;
+        }
+        let mean_g = sum(&g, |g| g) / width as f32;
+        let mean_gn = sum2(&g, x, |g, x| g * normal(x)) / width as f32;
+        for ((dx, x), g) in dx.iter_mut().zip(x).zip(&g) {
+            *dx = T::from_f32(rstd * (g - mean_g - normal(*x) * mean_gn));
+        }
+        for ((d_weight, grad), x) in d_weight.iter_mut().zip(grad).zip(x) {
+            *d_weight += grad.to_f32() * normal(*x);
+        }
+        for (d_bias, grad) in d_bias.iter_mut().zip(grad) {
+            *d_bias += grad.to_f32();
+        }
+    }
+    d_parameters
+}
+
+impl CustomOp3 for LayerNormBackward<'_> {
+    fn name(&self) -> &'static str {
+        "layer_norm backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let weight = values::<f32>(weight, weight_layout)?;
+        let width = weight.len();
+        let (stats, stats_layout) = self.stats.storage_and_layout();
+        let stats = tensor_values::<f32>(&stats, stats_layout)?;
+        let (dx, partial) = with_element!(x.dtype(), T => {
+            let (x, grad) = (values::<T>(x, x_layout)?, values::<T>(grad, grad_layout)?);
+            let mut dx = zeros(x.len());
+            let partial: Vec<_> = (x.par_chunks(ROWS * width), grad.par_chunks(ROWS * width))
+                .into_par_iter()
+                .zip(dx.par_chunks_mut(ROWS * width))
+                .zip(stats.par_chunks(ROWS * 2))
+                .map(|(((x, grad), dx), stats)| {
+                    vectorized(
+                        #[inline(always)]
+                        || backward_rows(x, weight, grad, stats, dx),
+                    )
+                })
+                .collect();
+            (T::to_cpu_storage_owned(dx), partial)
+        });
+        let d_parameters = sum_vectors(2 * width, &partial);
+        self.d_parameters
+            .put(Tensor::from_vec(d_parameters, (2, width), &Device::Cpu)?);
+        Ok((dx, x_layout.shape().clone()))
+    }
+}

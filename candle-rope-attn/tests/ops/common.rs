@@ -1,0 +1,187 @@
+//! What the tests share: random tensors, and the comparison of an operation with its reference.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+pub const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// Tests of the module on the CPU and, with the feature `cuda`, the same on a GPU.
+macro_rules! device_tests {
+    ($($test:ident),* $(,)?) => {
+        mod cpu {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                super::$test(&candle_core::Device::Cpu)
+            })*
+        }
+        #[cfg(feature = "cuda")]
+        mod cuda {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                match candle_core::Device::new_cuda(0) {
+                    Ok(device) => super::$test(&device),
+                    Err(error) => {
+                        println!("skipped: no CUDA device ({error})");
+                        Ok(())
+                    }
+                }
+            })*
+        }
+    };
+}
+pub(crate) use device_tests;
+
+/// Numbers between -2 and 2.
+pub fn random(len: usize, seed: u64) -> Vec<f64> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-2.0..2.0)).collect()
+}
+
+/// Row numbers below `end`.
+pub fn random_indices(len: usize, end: u32, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(0..end)).collect()
+}
+
+pub fn tensor(values: &[f64], shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let values: Vec<f32> = values.iter().map(|x| *x as f32).collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?
+        .to_dtype(dtype)?
+        .to_device(device)?)
+}
+
+pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+/// A differentiable argument of an operation.
+pub struct Input {
+    pub values: Vec<f64>,
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+}
+
+impl Input {
+    pub fn random(shape: &[usize], dtype: DType, seed: u64) -> Self {
+        Self {
+            values: random(shape.iter().product(), seed),
+            shape: shape.to_vec(),
+            dtype,
+        }
+    }
+
+    pub fn var(&self, device: &Device) -> Result<Var> {
+        Ok(Var::from_tensor(&tensor(
+            &self.values,
+            &self.shape,
+            self.dtype,
+            device,
+        )?)?)
+    }
+}
+
+/// The result of a reference, and the gradients of its inputs for a gradient of the result.
+pub type Reference = (Vec<f64>, Vec<Vec<f64>>);
+
+/// Compares result and gradients of `op` with those of `reference`, which sees the inputs as the
+/// dtype rounds them.
+pub fn compare(
+    name: &str,
+    device: &Device,
+    inputs: &[Input],
+    op: impl Fn(&[Tensor]) -> candle_core::Result<Tensor>,
+    reference: impl Fn(&[Vec<f64>], &[f64]) -> Reference,
+) -> Result<()> {
+    let vars = inputs
+        .iter()
+        .map(|input| input.var(device))
+        .collect::<Result<Vec<_>>>()?;
+    let tensors: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let y = op(&tensors)?;
+    let grad = tensor(&random(y.elem_count(), 99), y.dims(), y.dtype(), device)?;
+    let grads = (&y * &grad)?.sum_all()?.backward()?;
+
+    let rounded = vars
+        .iter()
+        .map(|var| values(var))
+        .collect::<Result<Vec<_>>>()?;
+    let (expected, expected_grads) = reference(&rounded, &values(&grad)?);
+    assert_close(&format!("{name} result"), &y, &expected)?;
+    for (i, (var, expected)) in vars.iter().zip(&expected_grads).enumerate() {
+        let grad = grads
+            .get(var)
+            .with_context(|| format!("{name}: input {i} has no gradient"))?;
+        ensure!(grad.dtype() == var.dtype() && grad.shape() == var.shape());
+        ensure!(
+            !grad.track_op(),
+            "{name}: the gradient of input {i} keeps a graph"
+        );
+        assert_close(&format!("{name} gradient {i}"), grad, expected)?;
+    }
+    Ok(())
+}
+
+/// Allows one rounding to the dtype of the result, and the rounding errors of f32 sums.
+pub fn assert_close(name: &str, got: &Tensor, expected: &[f64]) -> Result<()> {
+    // The second is half of f16's smallest number.
+    let (relative, absolute) = match got.dtype() {
+        DType::BF16 => (1.01 / 256.0, 1e-30),
+        DType::F16 => (1.01 / 2048.0, 3e-8),
+        _ => (1e-6, 1e-30),
+    };
+    let dtype = got.dtype();
+    let got = values(got)?;
+    ensure!(
+        got.len() == expected.len(),
+        "{name}: {} values, not {}",
+        got.len(),
+        expected.len()
+    );
+    let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
+    let mut worst = 0.0;
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let allowed = relative * expected.abs() + 2e-6 * largest + absolute;
+        let ratio = (got - expected).abs() / allowed;
+        ensure!(
+            ratio <= 1.0,
+            "{name} {dtype:?}: element {i} is {got}, not {expected}"
+        );
+        worst = f64::max(worst, ratio);
+    }
+    println!("{name} {dtype:?}: worst error {worst:.2} of the allowed");
+    Ok(())
+}
+
+/// Checks the gradients of a reference by central differences of its result.
+pub fn check_reference(inputs: &[Vec<f64>], reference: impl Fn(&[Vec<f64>], &[f64]) -> Reference) {
+    const STEP: f64 = 1e-5;
+    let outputs = reference(inputs, &[]).0.len();
+    let grad = random(outputs, 7);
+    let loss = |inputs: &[Vec<f64>]| -> f64 {
+        reference(inputs, &[])
+            .0
+            .iter()
+            .zip(&grad)
+            .map(|(y, grad)| y * grad)
+            .sum()
+    };
+    let (_, grads) = reference(inputs, &grad);
+    for (input, grad) in grads.iter().enumerate() {
+        for (at, grad) in grad.iter().enumerate() {
+            let moved = |by: f64| {
+                let mut inputs = inputs.to_vec();
+                inputs[input][at] += by;
+                loss(&inputs)
+            };
+            let slope = (moved(STEP) - moved(-STEP)) / (2.0 * STEP);
+            let error = (slope - grad).abs();
+            assert!(
+                error < 1e-7 * (1.0 + grad.abs()),
+                "{input}, {at}: {grad}, not {slope}"
+            );
+        }
+    }
+}

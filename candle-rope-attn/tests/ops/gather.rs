@@ -1,0 +1,83 @@
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use candle_rope_attn::ops::{embedding, gather_rows};
+
+use crate::common::{
+    DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
+};
+
+device_tests!(
+    matches_reference,
+    many_uses_of_one_row,
+    embedding_is_the_same
+);
+
+fn reference(inputs: &[Vec<f64>], grad: &[f64], rows: &[u32], width: usize) -> Reference {
+    let table = &inputs[0];
+    let mut d_table = vec![0.0; table.len()];
+    let mut y = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        let row = *row as usize;
+        y.extend_from_slice(&table[row * width..][..width]);
+        for (d, grad) in d_table[row * width..]
+            .iter_mut()
+            .zip(grad.iter().skip(i * width).take(width))
+        {
+            *d += grad;
+        }
+    }
+    (y, vec![d_table])
+}
+
+#[test]
+fn reference_is_right() {
+    check_reference(&[random(4 * 3, 1)], |inputs, grad| {
+        reference(inputs, grad, &[2, 0, 2, 2], 3)
+    });
+}
+
+fn check(device: &Device, count: usize, width: usize, rows: &[u32]) -> Result<()> {
+    let indices = Tensor::new(rows, device)?;
+    for dtype in DTYPES {
+        compare(
+            &format!("gather_rows [{count}, {width}] -> {}", rows.len()),
+            device,
+            &[Input::random(&[count, width], dtype, 1)],
+            |x| gather_rows(&x[0], &indices),
+            |inputs, grad| reference(inputs, grad, rows, width),
+        )?;
+    }
+    Ok(())
+}
+
+fn matches_reference(device: &Device) -> Result<()> {
+    for (count, width, n) in [
+        (1, 1, 1),
+        (5, 3, 9),
+        (7, 8, 0),
+        (50, 64, 100),
+        (1000, 33, 40),
+        (3000, 768, 300),
+        (70_000, 8, 5000),
+    ] {
+        check(device, count, width, &random_indices(n, count as u32, 5))?;
+    }
+    Ok(())
+}
+
+/// The gradient of one row is the sum over thousands of uses.
+fn many_uses_of_one_row(device: &Device) -> Result<()> {
+    check(device, 3, 40, &vec![1; 3001])?;
+    let mostly_one: Vec<u32> = (0..4000)
+        .map(|i| if i % 5 == 0 { i % 64 } else { 7 })
+        .collect();
+    check(device, 64, 24, &mostly_one)
+}
+
+fn embedding_is_the_same(device: &Device) -> Result<()> {
+    let table = Input::random(&[10, 6], DTYPES[0], 1).var(device)?;
+    let ids = Tensor::new(&[3u32, 9, 0], device)?;
+    let [a, b] = [embedding(&ids, &table)?, gather_rows(&table, &ids)?];
+    assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    Ok(())
+}

@@ -1,0 +1,104 @@
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::ops::linear;
+
+use crate::common::{
+    DTYPES, Input, Reference, check_reference, compare, device_tests, random, values,
+};
+
+device_tests!(
+    matches_reference,
+    without_bias,
+    frozen_arguments_get_no_gradient
+);
+
+/// x, weight and, if there are three inputs, bias.
+fn reference(inputs: &[Vec<f64>], grad: &[f64], features: usize) -> Reference {
+    let (x, weight) = (&inputs[0], &inputs[1]);
+    let outputs = weight.len() / features;
+    let rows = x.len() / features;
+    let mut y = vec![0.0; rows * outputs];
+    let mut grads: Vec<_> = inputs.iter().map(|input| vec![0.0; input.len()]).collect();
+    for row in 0..rows {
+        for out in 0..outputs {
+            let at = row * outputs + out;
+            let grad = grad.get(at).copied().unwrap_or(0.0);
+            if let Some(bias) = inputs.get(2) {
+                y[at] = bias[out];
+                grads[2][out] += grad;
+            }
+            for i in 0..features {
+                y[at] += x[row * features + i] * weight[out * features + i];
+                grads[0][row * features + i] += grad * weight[out * features + i];
+                grads[1][out * features + i] += grad * x[row * features + i];
+            }
+        }
+    }
+    (y, grads)
+}
+
+#[test]
+fn reference_is_right() {
+    let inputs = [random(4 * 3, 1), random(5 * 3, 2), random(5, 3)];
+    check_reference(&inputs, |inputs, grad| reference(inputs, grad, 3));
+}
+
+fn matches_reference(device: &Device) -> Result<()> {
+    let shapes: [(&[usize], usize); 6] = [
+        (&[1, 1], 1),
+        (&[5, 3], 7),
+        (&[0, 4], 3),
+        (&[2, 17, 64], 33),
+        (&[300, 96], 130),
+        (&[33, 256], 512),
+    ];
+    for dtype in DTYPES {
+        for (shape, outputs) in shapes {
+            let features = shape[shape.len() - 1];
+            let inputs = [
+                Input::random(shape, dtype, 1),
+                Input::random(&[outputs, features], dtype, 2),
+                Input::random(&[outputs], dtype, 3),
+            ];
+            compare(
+                &format!("linear {shape:?} -> {outputs}"),
+                device,
+                &inputs,
+                |x| linear(&x[0], &x[1], Some(&x[2])),
+                |inputs, grad| reference(inputs, grad, features),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn without_bias(device: &Device) -> Result<()> {
+    for dtype in DTYPES {
+        let inputs = [
+            Input::random(&[9, 24], dtype, 1),
+            Input::random(&[16, 24], dtype, 2),
+        ];
+        compare(
+            "linear without bias",
+            device,
+            &inputs,
+            |x| linear(&x[0], &x[1], None),
+            |inputs, grad| reference(inputs, grad, 24),
+        )?;
+    }
+    Ok(())
+}
+
+fn frozen_arguments_get_no_gradient(device: &Device) -> Result<()> {
+    let x = Input::random(&[3, 4], DType::F32, 1).var(device)?;
+    let weight = Input::random(&[2, 4], DType::F32, 2).var(device)?;
+    let grad = |x: &Tensor, weight: &Tensor| -> Result<_> {
+        Ok(linear(x, weight, None)?.sum_all()?.backward()?)
+    };
+    let both = grad(&x, &weight)?;
+    let one = grad(&x, &weight.detach())?;
+    assert!(one.get(&weight).is_none());
+    let [both, one] = [both, one].map(|grads| values(grads.get(&x).unwrap()).unwrap());
+    assert_eq!(both, one);
+    Ok(())
+}
