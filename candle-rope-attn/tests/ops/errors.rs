@@ -30,7 +30,10 @@ fn dtypes() {
     let f64s = zeros(&[2, 2], DType::F64);
     assert_error(gelu(&f64s), &["gelu", "F64", "to_dtype"]);
     assert_error(dropout(&f64s, 0.1, 0), &["dropout", "F64"]);
-    assert_error(global_norm(&[f64s.clone()]), &["global_norm", "F64"]);
+    assert_error(
+        global_norm(std::slice::from_ref(&f64s)),
+        &["global_norm", "F64"],
+    );
     let half = zeros(&[2, 2], DType::BF16);
     assert_error(
         linear(&half, &f32s(&[2, 2]), None),
