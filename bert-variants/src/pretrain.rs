@@ -52,7 +52,7 @@ pub struct RunConfig {
     #[arg(long, value_delimiter = ',', default_values_t = RunConfig::default().seeds)]
     pub seeds: Vec<u64>,
     /// Folder for the runs and the report.
-    #[arg(long, default_value = RunConfig::default().out.into_os_string())]
+    #[arg(long, default_value = "runs")]
     pub out: PathBuf,
     /// cpu, cuda, or cuda:N for the GPU of that number.
     #[arg(long, default_value_t = RunConfig::default().device)]

@@ -58,9 +58,9 @@ pub struct RunHeader {
     /// Optimizer steps the run will make.
     pub total_steps: u64,
     /// Hugging Face model configuration.
-    pub model_config: serde_json::Value,
+    pub model_config: Value,
     /// Training settings.
-    pub train_config: serde_json::Value,
+    pub train_config: Value,
 }
 
 impl RunHeader {

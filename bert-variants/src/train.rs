@@ -17,7 +17,7 @@ use crate::config::BertConfig;
 use crate::data::{Batch, Batches};
 use crate::memory::PeakMeter;
 use crate::model::LanguageModel;
-use crate::parameters::Parameters;
+use crate::parameters::{ParameterCounts, Parameters};
 use crate::record::{
     EvalRecord, METRICS_FILE, Record, RunHeader, RunSummary, RunWriter, TrainRecord, read_run,
 };
@@ -327,7 +327,7 @@ impl Trainer {
             let (loss, gradients) = self.gradients(&batches)?;
             let norm = global_norm(&gradients)?;
             self.optimizer
-                .step(&gradients, self.window.lr, &norm, self.config.max_grad_norm)?;
+                .step(&gradients, self.window.lr, &norm, Some(self.config.max_grad_norm))?;
             self.count_step(&batches, loss, norm, meter.peak_bytes());
             self.check_finite(&gradients)?;
 
@@ -524,7 +524,8 @@ impl Trainer {
             train_tokens_per_second: tokens as f64 / seconds,
             inference_tokens_per_second,
             peak_activation_bytes,
-            optimizer_bytes: self.optimizer.state_bytes(),
+            // Two f32 moments.
+            optimizer_bytes: 8 * ParameterCounts::of(&self.model_config).all,
         }))
     }
 }

@@ -17,3 +17,11 @@ pub use spec::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
     Sequences, Window,
 };
+
+/// The GPU of that number.
+///
+/// # Errors
+/// When there is none, or the program was built without the feature `cuda`.
+pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
+    candle_core::Device::new_cuda(ordinal)
+}
