@@ -1,4 +1,34 @@
 //! From text on disk to training batches.
+//!
+//! [`Sources`] (files, folders, the Hub, the embedded [`Corpus`]) are tokenised once into a
+//! [`TokenDataset`] in the cache, out of which [`Batches`] are packed and masked. [`Data::open`]
+//! does it all from a [`DataConfig`].
+
+mod batches;
+mod corpus;
+mod dataset;
+mod hub;
+mod permutation;
+mod pipeline;
+mod prefetch;
+mod readers;
+mod sources;
+mod token_file;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+pub use batches::{BatchConfig, Batches};
+pub use corpus::Corpus;
+pub use dataset::{TokenDataset, train_tokenizer};
+pub use prefetch::Prefetch;
+pub use readers::{Emit, Passage};
+pub use sources::{FileSources, Sources};
+
+use crate::tokenizer::Tokenizer;
 
 /// One batch of token sequences, without padding.
 ///
@@ -26,4 +56,105 @@ pub enum Objective {
     Mlm,
     /// Causal language modelling: each token predicts the next, causal attention.
     Clm,
+}
+
+/// Which text to train and evaluate on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataConfig {
+    /// Files, folders or `hf://datasets/owner/name[/path]` to train on; none: the embedded corpus.
+    pub sources: Vec<String>,
+    /// The same, to evaluate on; none: a part of `sources` is held out.
+    pub validation: Vec<String>,
+    /// Share of the tokens to hold out where there is no `validation`.
+    pub held_out: f64,
+    /// JSON field or Parquet column that holds the text.
+    pub text_field: String,
+    /// `vocab.txt`, `tokenizer.json` or model directory; none: a WordPiece vocabulary is trained.
+    pub tokenizer: Option<PathBuf>,
+    /// Pieces of a trained vocabulary; none: 1,500 for the embedded corpus, else 16,000.
+    pub vocab_size: Option<usize>,
+    /// Whether text is lower-cased; none: as the tokenizer's files say, and a trained one does.
+    pub lowercase: Option<bool>,
+    /// Folder of tokenised text; none: `bert-variants` in the user's cache folder.
+    pub cache_dir: Option<PathBuf>,
+    /// The embedded corpus.
+    pub corpus: Corpus,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            sources: Vec::new(),
+            validation: Vec::new(),
+            held_out: 0.02,
+            text_field: "text".into(),
+            tokenizer: None,
+            vocab_size: None,
+            lowercase: None,
+            cache_dir: None,
+            corpus: Corpus::default(),
+        }
+    }
+}
+
+/// Text to train and evaluate on, as tokens.
+#[derive(Clone)]
+pub struct Data {
+    /// The tokenizer that made the tokens.
+    pub tokenizer: Tokenizer,
+    /// Text to train on.
+    pub train: Arc<TokenDataset>,
+    /// Held-out text.
+    pub validation: Arc<TokenDataset>,
+}
+
+impl Data {
+    /// Reads, tokenises and splits text, or finds it in the cache.
+    ///
+    /// # Errors
+    /// When a source, the tokenizer or the cache cannot be read or written, or holds too little
+    /// text.
+    pub fn open(config: &DataConfig) -> Result<Self> {
+        let find = |names: &[String]| Sources::find(names, &config.text_field);
+        let embedded = config.sources.is_empty();
+        let sources = if embedded {
+            Sources::Corpus(config.corpus.clone())
+        } else {
+            find(&config.sources)?
+        };
+        let cache_dir = config.cache_dir()?;
+        let tokenizer = match &config.tokenizer {
+            Some(path) => Tokenizer::load(path, config.lowercase)?,
+            None => {
+                let vocab_size = config
+                    .vocab_size
+                    .unwrap_or(if embedded { 1500 } else { 16_000 });
+                let lowercase = config.lowercase.unwrap_or(true);
+                train_tokenizer(&sources, vocab_size, lowercase, &cache_dir)?
+            }
+        };
+        let open = |sources| TokenDataset::open_or_build(sources, &tokenizer, &cache_dir);
+        let (train, validation) = if config.validation.is_empty() {
+            open(&sources)?.split(config.held_out)?
+        } else {
+            (open(&sources)?, open(&find(&config.validation)?)?)
+        };
+        Ok(Self {
+            train: Arc::new(train),
+            validation: Arc::new(validation),
+            tokenizer,
+        })
+    }
+}
+
+impl DataConfig {
+    fn cache_dir(&self) -> Result<PathBuf> {
+        let set = |variable| std::env::var_os(variable).filter(|value| !value.is_empty());
+        self.cache_dir
+            .clone()
+            .or_else(|| set("XDG_CACHE_HOME").map(|dir| PathBuf::from(dir).join("bert-variants")))
+            .or_else(|| set("HOME").map(|dir| PathBuf::from(dir).join(".cache/bert-variants")))
+            .context("found no folder for the cache: set cache_dir, or the variable HOME")
+    }
 }
