@@ -442,13 +442,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::data::{Corpus, Data, DataConfig};
+    use crate::data::{Data, DataConfig};
 
     /// The embedded corpus in a folder of its own.
     fn data(documents: usize) -> (tempfile::TempDir, Data) {
         let dir = tempfile::tempdir().unwrap();
         let config = DataConfig {
-            corpus: Corpus { documents, seed: 1 },
+            corpus_documents: documents,
             vocab_size: Some(600),
             held_out: 0.1,
             cache_dir: Some(dir.path().to_path_buf()),

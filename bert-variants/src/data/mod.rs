@@ -59,27 +59,41 @@ pub enum Objective {
 }
 
 /// Which text to train and evaluate on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Data")]
 pub struct DataConfig {
-    /// Files, folders or `hf://datasets/owner/name[/path]` to train on; none: the embedded corpus.
+    /// Text to train on: files, folders, or hf://datasets/OWNER/NAME[@REVISION][/PATH]. Without,
+    /// the embedded corpus.
+    #[arg(long, visible_alias = "data", value_name = "PATH", num_args = 1..)]
     pub sources: Vec<String>,
-    /// The same, to evaluate on; none: a part of `sources` is held out.
+    /// Text to evaluate on, named in the same way. Without, a part of --sources is held out.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
     pub validation: Vec<String>,
-    /// Share of the tokens to hold out where there is no `validation`.
+    /// Share of the tokens to hold out where there is no --validation.
+    #[arg(long, default_value_t = DataConfig::default().held_out)]
     pub held_out: f64,
     /// JSON field or Parquet column that holds the text.
+    #[arg(long, default_value_t = DataConfig::default().text_field)]
     pub text_field: String,
-    /// `vocab.txt`, `tokenizer.json` or model directory; none: a WordPiece vocabulary is trained.
+    /// vocab.txt, tokenizer.json or model directory. Without, a WordPiece vocabulary is trained.
+    #[arg(long, value_name = "PATH")]
     pub tokenizer: Option<PathBuf>,
-    /// Pieces of a trained vocabulary; none: 1,500 for the embedded corpus, else 16,000.
+    /// Pieces of a trained vocabulary [default: 1500 for the embedded corpus, else 16000]
+    #[arg(long)]
     pub vocab_size: Option<usize>,
-    /// Whether text is lower-cased; none: as the tokenizer's files say, and a trained one does.
+    /// Whether to lower-case text [default: as the tokenizer's files say; true where trained]
+    #[arg(long)]
     pub lowercase: Option<bool>,
-    /// Folder of tokenised text; none: `bert-variants` in the user's cache folder.
+    /// Folder for tokenised text [default: bert-variants in the user's cache folder]
+    #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
-    /// The embedded corpus.
-    pub corpus: Corpus,
+    /// Tales of the embedded corpus.
+    #[arg(long, default_value_t = DataConfig::default().corpus_documents)]
+    pub corpus_documents: usize,
+    /// Seed of the embedded corpus.
+    #[arg(long, default_value_t = DataConfig::default().corpus_seed)]
+    pub corpus_seed: u64,
 }
 
 impl Default for DataConfig {
@@ -93,7 +107,8 @@ impl Default for DataConfig {
             vocab_size: None,
             lowercase: None,
             cache_dir: None,
-            corpus: Corpus::default(),
+            corpus_documents: 4000,
+            corpus_seed: 0,
         }
     }
 }
@@ -119,7 +134,10 @@ impl Data {
         let find = |names: &[String]| Sources::find(names, &config.text_field);
         let embedded = config.sources.is_empty();
         let sources = if embedded {
-            Sources::Corpus(config.corpus.clone())
+            Sources::Corpus(Corpus {
+                documents: config.corpus_documents,
+                seed: config.corpus_seed,
+            })
         } else {
             find(&config.sources)?
         };
