@@ -6,23 +6,23 @@ use crate::spec::Dropout;
 /// `N` blocks of four random words, one for each counter.
 #[inline(always)]
 pub(crate) fn philox4x32<const N: usize>(
-    mut counter: [[u32; N]; 4],
+    counter: [[u32; N]; 4],
     mut key: [u32; 2],
 ) -> [[u32; N]; 4] {
+    let [mut x0, mut x1, mut x2, mut x3] = counter;
     for _ in 0..10 {
-        for lane in 0..N {
-            let [x0, x1, x2, x3] = counter.map(|word| word[lane]);
-            let a = 0xD251_1F53 * u64::from(x0);
-            let b = 0xCD9E_8D57 * u64::from(x2);
-            counter[0][lane] = (b >> 32) as u32 ^ x1 ^ key[0];
-            counter[1][lane] = b as u32;
-            counter[2][lane] = (a >> 32) as u32 ^ x3 ^ key[1];
-            counter[3][lane] = a as u32;
+        for i in 0..N {
+            let a = 0xD251_1F53 * u64::from(x0[i]);
+            let b = 0xCD9E_8D57 * u64::from(x2[i]);
+            x0[i] = (b >> 32) as u32 ^ x1[i] ^ key[0];
+            x1[i] = b as u32;
+            x2[i] = (a >> 32) as u32 ^ x3[i] ^ key[1];
+            x3[i] = a as u32;
         }
         key[0] = key[0].wrapping_add(0x9E37_79B9);
         key[1] = key[1].wrapping_add(0xBB67_AE85);
     }
-    counter
+    [x0, x1, x2, x3]
 }
 
 /// [`Dropout`] as a comparison of random words.

@@ -318,8 +318,9 @@ impl UpdateParameter<'_> {
             second_scale,
             ..
         } = *self.step;
+        let keep = self.keep;
         for ((p, m), v) in p.iter_mut().zip(m).zip(v) {
-            *p = self.keep * *p - step_size * m / (v.sqrt() * second_scale + eps);
+            *p = keep * *p - step_size * m / (v.sqrt() * second_scale + eps);
         }
     }
 }

@@ -140,7 +140,12 @@ fn reduce2<A: Copy, B: Copy>(
     for ((lane, a), b) in lanes.iter_mut().zip(a.remainder()).zip(b.remainder()) {
         *lane = f(*lane, *a, *b);
     }
-    lanes.into_iter().fold(init, combine)
+    for half in [16, 8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = combine(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
 }
 
 /// Sum of `f(x)` over the elements.

@@ -111,6 +111,15 @@ struct CrossEntropyBackward<'a> {
     lse: &'a Tensor,
 }
 
+#[inline(always)]
+fn backward_row<T: Element>(logits: &[T], label: usize, lse: f32, scale: f32, d_logits: &mut [T]) {
+    let probability = |logit: T| exp(logit.to_f32() - lse);
+    for (d, logit) in d_logits.iter_mut().zip(logits) {
+        *d = T::from_f32(probability(*logit) * scale);
+    }
+    d_logits[label] = T::from_f32((probability(logits[label]) - 1.0) * scale);
+}
+
 impl CustomOp3 for CrossEntropyBackward<'_> {
     fn name(&self) -> &'static str {
         "cross_entropy backward"
@@ -135,18 +144,11 @@ impl CustomOp3 for CrossEntropyBackward<'_> {
             let mut d_logits = zeros(logits.len());
             (logits.par_chunks(vocab), d_logits.par_chunks_mut(vocab), labels, lse)
                 .into_par_iter()
-                .for_each(|(logits, d_logits, label, lse)| {
+                .for_each(|(logits, d_logits, &label, &lse)| {
                     vectorized(
                         #[inline(always)]
-                        || {
-                            for (d, x) in d_logits.iter_mut().zip(logits) {
-                                *d = T::from_f32(exp(x.to_f32() - lse) * scale);
-                            }
-                        },
-                    );
-                    let label = *label as usize;
-                    let probability = exp(logits[label].to_f32() - lse);
-                    d_logits[label] = T::from_f32((probability - 1.0) * scale);
+                        move || backward_row(logits, label as usize, lse, scale, d_logits),
+                    )
                 });
             T::to_cpu_storage_owned(d_logits)
         });
