@@ -31,17 +31,7 @@ pub fn attention(
     spec: &AttentionSpec,
     sequences: &Sequences,
 ) -> Result<Tensor> {
-    for (name, tensor) in [("k", k), ("v", v)] {
-        if tensor.shape() != q.shape() || tensor.dtype() != q.dtype() {
-            bail!(
-                "attention: q, k and v must have one shape and dtype, got q {:?} {:?} and {name} {:?} {:?}",
-                q.dims(),
-                q.dtype(),
-                tensor.dims(),
-                tensor.dtype()
-            )
-        }
-    }
+    check_alike(q, k, v)?;
     let batch = check(q.dims(), q.dtype(), false, spec, sequences)?;
     no_weight(spec)?;
     let [q, k, v] = [
@@ -87,6 +77,7 @@ pub fn attention_with_bias(
     spec: &AttentionSpec,
     sequences: &Sequences,
 ) -> Result<Tensor> {
+    check_alike(q, k, v)?;
     // Before the heads.
     let axis = q.rank().saturating_sub(2);
     attention_qkvpacked_with_bias(&Tensor::stack(&[q, k, v], axis)?, weight, spec, sequences)
@@ -122,6 +113,21 @@ pub fn attention_qkvpacked_with_bias(
     let weight = weight.to_dtype(DType::F32)?.contiguous()?;
     let op = Attention::new(spec, batch, &[&qkv, &weight]);
     qkv.apply_op2(&weight, op)
+}
+
+fn check_alike(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+    for (name, tensor) in [("k", k), ("v", v)] {
+        if tensor.shape() != q.shape() || tensor.dtype() != q.dtype() {
+            bail!(
+                "attention: q, k and v must have one shape and dtype, got q {:?} {:?} and {name} {:?} {:?}",
+                q.dims(),
+                q.dtype(),
+                tensor.dims(),
+                tensor.dtype()
+            )
+        }
+    }
+    Ok(())
 }
 
 /// Checks a call's spec, sequences and the shape and dtype of q, k and v, or of them packed.

@@ -23,7 +23,7 @@ use crate::element::Element;
 use crate::philox::DropoutMask;
 use crate::position::{BiasTable, Rotation, Turn, fold_bias_gradient, table_len};
 use crate::spec::{AttentionSpec, PositionEncoding};
-use simd::{DropoutFactors, LANES, OnlineSoftmax};
+use simd::{DropoutFactors, LANES, OnlineSoftmax, SoftmaxBackward};
 
 /// Queries and keys of a block of scores; two blocks and their operands fit a 1 MiB L2 cache.
 const QUERY_BLOCK: usize = 128;
@@ -447,8 +447,15 @@ impl<'a, T: Element> Head<'a, T> {
                     1.0,
                     Sum::Overwrite,
                 );
-                let (lse, delta) = (&queries.lse, &queries.delta);
-                simd::softmax_backward(p, ds, positions, lse, delta, &mut dropout);
+                let softmax = SoftmaxBackward {
+                    scores: p,
+                    gradients: ds,
+                    keys: positions,
+                    lse: &queries.lse,
+                    delta: &queries.delta,
+                    dropout: &mut dropout,
+                };
+                softmax.run();
                 if learned_bias {
                     let places = self.bias_places(block, positions);
                     simd::add_bias_gradient(ds, width, &mut d_bias, places);

@@ -3,9 +3,10 @@
 //! A block is `[keys, width]`, one row a key and one column a query, so that every loop runs along
 //! contiguous queries and no sum crosses lanes. `width` is a multiple of [`LANES`]. The loops are
 //! plain Rust that the compiler vectorises; `Arch::dispatch` compiles them for the widest
-//! instruction set of the machine.
+//! instruction set of the machine. Long ones are a [`WithSimd`], not a closure: only a function can
+//! be `inline(always)`, and what is not inlined into the dispatch is compiled without AVX and FMA.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 use crate::philox::DropoutMask;
 
@@ -66,39 +67,11 @@ impl OnlineSoftmax {
     /// Takes in a block of scores (log2 units, -inf = masked) and replaces them by
     /// `2^(score - max)`.
     pub fn update(&mut self, scores: &mut [f32]) {
-        let width = self.max.len();
-        let (max, sum, rescale) = (
-            lanes_mut(&mut self.max),
-            lanes_mut(&mut self.sum),
-            lanes_mut(&mut self.rescale),
-        );
-        Arch::new().dispatch(|| {
-            rescale.copy_from_slice(max);
-            for row in scores.chunks_exact(width) {
-                for (max, scores) in max.iter_mut().zip(lanes(row)) {
-                    for i in 0..LANES {
-                        max[i] = if scores[i] > max[i] {
-                            scores[i]
-                        } else {
-                            max[i]
-                        };
-                    }
-                }
-            }
-            for ((max, sum), rescale) in max.iter().zip(&mut *sum).zip(rescale) {
-                for i in 0..LANES {
-                    rescale[i] = exp2(rescale[i] - or_zero(max[i]));
-                    sum[i] *= rescale[i];
-                }
-            }
-            for row in scores.chunks_exact_mut(width) {
-                for ((max, sum), scores) in max.iter().zip(&mut *sum).zip(lanes_mut(row)) {
-                    for i in 0..LANES {
-                        scores[i] = exp2(scores[i] - or_zero(max[i]));
-                        sum[i] += scores[i];
-                    }
-                }
-            }
+        Arch::new().dispatch(Update {
+            max: lanes_mut(&mut self.max),
+            sum: lanes_mut(&mut self.sum),
+            rescale: lanes_mut(&mut self.rescale),
+            scores,
         });
     }
 
@@ -117,6 +90,54 @@ impl OnlineSoftmax {
     /// Multiplies each column of `[rows, width]` sums by the factor of the last block.
     pub fn rescale(&self, sums: &mut [f32]) {
         scale_columns(sums, &self.rescale);
+    }
+}
+
+struct Update<'a> {
+    max: &'a mut [Lanes],
+    sum: &'a mut [Lanes],
+    rescale: &'a mut [Lanes],
+    scores: &'a mut [f32],
+}
+
+impl WithSimd for Update<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self {
+            max,
+            sum,
+            rescale,
+            scores,
+        } = self;
+        let width = LANES * max.len();
+        rescale.copy_from_slice(max);
+        for row in scores.chunks_exact(width) {
+            for (max, scores) in max.iter_mut().zip(lanes(row)) {
+                for i in 0..LANES {
+                    max[i] = if scores[i] > max[i] {
+                        scores[i]
+                    } else {
+                        max[i]
+                    };
+                }
+            }
+        }
+        for ((max, sum), rescale) in max.iter().zip(&mut *sum).zip(rescale) {
+            for i in 0..LANES {
+                rescale[i] = exp2(rescale[i] - or_zero(max[i]));
+                sum[i] *= rescale[i];
+            }
+        }
+        for row in scores.chunks_exact_mut(width) {
+            for ((max, sum), scores) in max.iter().zip(&mut *sum).zip(lanes_mut(row)) {
+                for i in 0..LANES {
+                    scores[i] = exp2(scores[i] - or_zero(max[i]));
+                    sum[i] += scores[i];
+                }
+            }
+        }
     }
 }
 
@@ -228,43 +249,69 @@ impl DropoutFactors {
 
     /// Applies dropout to a block of probabilities.
     pub fn apply(&mut self, probabilities: &mut [f32], keys: &[usize]) {
-        if self.mask.is_none() {
-            return;
+        if self.mask.is_some() {
+            Arch::new().dispatch(ApplyDropout {
+                factors: self,
+                probabilities,
+                keys,
+            });
         }
-        Arch::new().dispatch(|| {
-            for (row, &key) in probabilities.chunks_exact_mut(self.width).zip(keys) {
-                for (p, factor) in row.iter_mut().zip(self.row(key)) {
-                    *p *= factor;
-                }
+    }
+}
+
+struct ApplyDropout<'a> {
+    factors: &'a mut DropoutFactors,
+    probabilities: &'a mut [f32],
+    keys: &'a [usize],
+}
+
+impl WithSimd for ApplyDropout<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let rows = self.probabilities.chunks_exact_mut(self.factors.width);
+        for (row, &key) in rows.zip(self.keys) {
+            for (p, factor) in row.iter_mut().zip(self.factors.row(key)) {
+                *p *= factor;
             }
-        });
+        }
     }
 }
 
 /// The backward pass through dropout and softmax.
 ///
 /// Takes scores to the dropped-out probabilities that multiplied v, and the gradients of those to
-/// the gradients of the scores. `lse` (log2 units) and `delta` (the sum over keys of probability
-/// times gradient) have one entry a query.
-pub(super) fn softmax_backward(
-    scores: &mut [f32],
-    gradients: &mut [f32],
-    keys: &[usize],
-    lse: &[f32],
-    delta: &[f32],
-    dropout: &mut DropoutFactors,
-) {
-    let width = lse.len();
-    Arch::new().dispatch(|| {
-        let rows = scores
-            .chunks_exact_mut(width)
-            .zip(gradients.chunks_exact_mut(width));
-        for ((scores, gradients), &key) in rows.zip(keys) {
+/// the gradients of the scores.
+pub(super) struct SoftmaxBackward<'a> {
+    pub scores: &'a mut [f32],
+    pub gradients: &'a mut [f32],
+    pub keys: &'a [usize],
+    /// One entry a query, in log2 units.
+    pub lse: &'a [f32],
+    /// One entry a query: the sum over keys of probability times gradient.
+    pub delta: &'a [f32],
+    pub dropout: &'a mut DropoutFactors,
+}
+
+impl SoftmaxBackward<'_> {
+    pub fn run(self) {
+        Arch::new().dispatch(self);
+    }
+}
+
+impl WithSimd for SoftmaxBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let width = self.lse.len();
+        let (lse, delta) = (lanes(self.lse), lanes(self.delta));
+        let scores = self.scores.chunks_exact_mut(width);
+        let gradients = self.gradients.chunks_exact_mut(width);
+        for ((scores, gradients), &key) in scores.zip(gradients).zip(self.keys) {
             let columns = lanes_mut(scores).iter_mut().zip(lanes_mut(gradients));
-            let queries = lanes(lse)
-                .iter()
-                .zip(lanes(delta))
-                .zip(lanes(dropout.row(key)));
+            let queries = lse.iter().zip(delta).zip(lanes(self.dropout.row(key)));
             for ((score, gradient), ((lse, delta), factor)) in columns.zip(queries) {
                 for i in 0..LANES {
                     let p = exp2(score[i] - lse[i]);
@@ -273,16 +320,20 @@ pub(super) fn softmax_backward(
                 }
             }
         }
-    });
+    }
 }
 
 /// The transpose of a `[rows, columns]` matrix.
 pub(super) fn transpose(matrix: &[f32], columns: usize) -> Vec<f32> {
     let rows = matrix.len() / columns;
     let mut out = vec![0.0; matrix.len()];
-    for (row, values) in matrix.chunks_exact(columns).enumerate() {
-        for (column, &value) in values.iter().enumerate() {
-            out[column * rows + row] = value;
+    // A cache line of each output row at a time.
+    for first in (0..rows).step_by(LANES) {
+        let last = rows.min(first + LANES);
+        for (column, out) in out.chunks_exact_mut(rows).enumerate() {
+            for (row, out) in (first..last).zip(&mut out[first..last]) {
+                *out = matrix[row * columns + column];
+            }
         }
     }
     out

@@ -75,7 +75,7 @@ fn sequence_attention(
         let factors = Tensor::from_iter(factors, q.device())?.reshape(probabilities.shape())?;
         probabilities = (probabilities * factors.to_dtype(q.dtype())?)?;
     }
-    let rows = seeing.into_iter().map(|sees| f64::from(sees));
+    let rows = seeing.into_iter().map(f64::from);
     let rows = Tensor::from_iter(rows, q.device())?.reshape((1, len, 1))?;
     probabilities = probabilities.broadcast_mul(&rows.to_dtype(q.dtype())?)?;
     probabilities.matmul(&v)?.transpose(0, 1)

@@ -1,0 +1,208 @@
+//! Every wrong input gets a message that says what was got, what is needed, and what to do.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_rope_attn::{
+    Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
+    Sequences, attention, attention_qkvpacked, attention_qkvpacked_with_bias, ops::rope,
+};
+
+fn zeros(shape: &[usize], dtype: DType) -> Tensor {
+    match Tensor::zeros(shape, dtype, &Device::Cpu) {
+        Ok(tensor) => tensor,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn f32s(shape: &[usize]) -> Tensor {
+    zeros(shape, DType::F32)
+}
+
+/// The message must hold every one of the words.
+fn refuses<T>(result: Result<T>, words: &[&str]) {
+    let Err(error) = result else {
+        panic!("no error, expected one about {words:?}")
+    };
+    let message = error.to_string();
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in: {message}");
+    }
+}
+
+fn spec() -> AttentionSpec {
+    AttentionSpec::new(2, 8)
+}
+
+/// Of valid q, k and v with a spec.
+fn with_spec(spec: AttentionSpec) -> Result<Tensor> {
+    attention_qkvpacked(&f32s(&[1, 4, 3, 2, 8]), &spec, &Sequences::Dense)
+}
+
+#[test]
+fn shapes() {
+    let dense = &Sequences::Dense;
+    refuses(
+        attention_qkvpacked(&f32s(&[1, 4, 3, 2, 7]), &spec(), dense),
+        &["[3, 2, 8]", "[1, 4, 3, 2, 7]", "reshape"],
+    );
+    refuses(
+        attention_qkvpacked(&f32s(&[1, 4, 2, 8]), &spec(), dense),
+        &["[3, 2, 8]", "[1, 4, 2, 8]"],
+    );
+    refuses(
+        attention_qkvpacked(&f32s(&[8]), &spec(), dense),
+        &["[3, 2, 8]", "[8]"],
+    );
+    refuses(
+        attention_qkvpacked(&f32s(&[4, 3, 2, 8]), &spec(), dense),
+        &["[batch, seqlen, ..]", "[4]", "unsqueeze"],
+    );
+    refuses(
+        attention_qkvpacked(
+            &f32s(&[1, 4, 3, 2, 8]),
+            &spec(),
+            &Sequences::CuSeqlens(vec![0, 4]),
+        ),
+        &["[total_tokens, ..]", "[1, 4]", "flatten"],
+    );
+    let (q, k) = (f32s(&[1, 4, 2, 8]), f32s(&[1, 5, 2, 8]));
+    refuses(
+        attention(&q, &k, &k, &spec(), dense),
+        &["one shape and dtype", "[1, 4, 2, 8]", "k [1, 5, 2, 8]"],
+    );
+}
+
+#[test]
+fn dtypes() {
+    let qkv = zeros(&[1, 4, 3, 2, 8], DType::F64);
+    refuses(
+        attention_qkvpacked(&qkv, &spec(), &Sequences::Dense),
+        &["F64", "F32, BF16 or F16", "to_dtype"],
+    );
+    let (q, v) = (f32s(&[1, 4, 2, 8]), zeros(&[1, 4, 2, 8], DType::BF16));
+    refuses(
+        attention(&q, &q, &v, &spec(), &Sequences::Dense),
+        &["one shape and dtype", "F32", "v [1, 4, 2, 8] BF16"],
+    );
+}
+
+#[test]
+fn sequences() {
+    let dense = f32s(&[2, 4, 3, 2, 8]);
+    let attend = |sequences| attention_qkvpacked(&dense, &spec(), &sequences);
+    refuses(attend(Sequences::KeyLens(vec![4])), &["2 lengths", "[4]"]);
+    refuses(
+        attend(Sequences::KeyLens(vec![4, 5])),
+        &["at most 4", "[4, 5]"],
+    );
+    refuses(
+        attend(Sequences::KeyMask(vec![true; 7])),
+        &["2 * 4 = 8", "got 7"],
+    );
+    let packed = f32s(&[4, 3, 2, 8]);
+    for bounds in [
+        vec![],
+        vec![0],
+        vec![0, 3],
+        vec![1, 4],
+        vec![0, 3, 2, 4],
+        vec![0, 5],
+    ] {
+        let got = format!("{bounds:?}");
+        let sequences = Sequences::CuSeqlens(bounds);
+        refuses(
+            attention_qkvpacked(&packed, &spec(), &sequences),
+            &["start with 0", "the 4 tokens", &got],
+        );
+    }
+    let many = Sequences::CuSeqlens((0..1000).collect());
+    refuses(
+        attention_qkvpacked(&packed, &spec(), &many),
+        &["(1000 entries)"],
+    );
+}
+
+#[test]
+fn specs() {
+    refuses(with_spec(AttentionSpec::new(0, 8)), &["num_heads 0"]);
+    refuses(
+        with_spec(AttentionSpec::new(2, 257)),
+        &["1 to 256", "257", "more heads"],
+    );
+    refuses(
+        with_spec(spec().with_softmax_scale(f32::NAN)),
+        &["finite", "NaN"],
+    );
+    let dropout = |p| spec().with_dropout(Some(Dropout { p, seed: 0 }));
+    refuses(with_spec(dropout(1.0)), &["[0, 1)", "got 1"]);
+    refuses(with_spec(dropout(-0.1)), &["[0, 1)", "-0.1"]);
+    let rope = Rope::from_inv_freq(vec![1.0; 3], RopePairing::HalfSplit);
+    refuses(
+        with_spec(spec().with_position(PositionEncoding::Rope(rope))),
+        &["3 inverse frequencies", "head_dim 6", "head_dim 8"],
+    );
+    refuses(
+        with_spec(spec().with_position(PositionEncoding::Alibi(Alibi::new(3)))),
+        &["3 slopes", "2 heads"],
+    );
+}
+
+#[test]
+fn relative_bias() {
+    let bias = RelativeBias {
+        num_buckets: 8,
+        max_distance: 20,
+        bidirectional: true,
+    };
+    let with_bias = spec().with_position(PositionEncoding::RelativeBias(bias));
+    let qkv = f32s(&[1, 4, 3, 2, 8]);
+    let attend = |spec: &AttentionSpec, weight: &[usize]| {
+        attention_qkvpacked_with_bias(&qkv, &f32s(weight), spec, &Sequences::Dense)
+    };
+    refuses(
+        with_spec(with_bias.clone()),
+        &["weight", "attention_qkvpacked_with_bias"],
+    );
+    refuses(attend(&with_bias, &[2, 8]), &["[8, 2]", "[2, 8]"]);
+    refuses(attend(&spec(), &[8, 2]), &["RelativeBias", "None"]);
+    let few = RelativeBias {
+        num_buckets: 3,
+        ..bias
+    };
+    let few = spec().with_position(PositionEncoding::RelativeBias(few));
+    refuses(
+        attend(&few, &[3, 2]),
+        &["at least 4 buckets", "num_buckets 3"],
+    );
+}
+
+#[test]
+fn ropes() {
+    let new = |dim, theta, scaling| Rope::new(dim, theta, RopePairing::HalfSplit, scaling);
+    refuses(new(7, 1e4, RopeScaling::None), &["head_dim 7", "even"]);
+    refuses(new(8, -1.0, RopeScaling::None), &["theta", "-1"]);
+    refuses(
+        new(8, 1e4, RopeScaling::Linear(0.0)),
+        &["scaling factor", "0"],
+    );
+    refuses(
+        new(8, 1e4, RopeScaling::Ntk(f64::NAN)),
+        &["scaling factor", "NaN"],
+    );
+    let four = Rope::from_inv_freq(vec![1.0; 2], RopePairing::HalfSplit);
+    refuses(
+        rope(&f32s(&[1, 4, 2, 8]), &four, &Sequences::Dense),
+        &["2 inverse frequencies", "width 4", "[1, 4, 2, 8]"],
+    );
+    refuses(
+        rope(&f32s(&[4, 2, 4]), &four, &Sequences::CuSeqlens(vec![0, 3])),
+        &["rope", "the 4 tokens", "[0, 3]"],
+    );
+    refuses(
+        rope(
+            &zeros(&[4, 2, 4], DType::U32),
+            &four,
+            &Sequences::CuSeqlens(vec![0, 4]),
+        ),
+        &["U32", "to_dtype"],
+    );
+}
