@@ -1,6 +1,8 @@
 //! BERT variants that differ in position encoding only: pretraining, comparison and
 //! Hugging Face checkpoints, on Candle.
 
+use std::io::IsTerminal;
+
 pub mod checkpoint;
 pub mod config;
 pub mod data;
@@ -22,6 +24,8 @@ pub fn init_logging() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
+        .without_time()
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
 }
