@@ -155,7 +155,7 @@ impl View {
     }
 
     /// The rows of q, k and v in a packed tensor, which has an axis of 3 before the heads.
-    pub fn unpack(layout: &Layout) -> [Self; 3] {
+    fn unpack(layout: &Layout) -> [Self; 3] {
         let mut strides = layout.stride().to_vec();
         let part_stride = strides.remove(strides.len() - 3);
         [0, 1, 2]
@@ -180,6 +180,14 @@ impl View {
             + sequence.index * self.batch_stride
             + (sequence.first_row + row) * self.row_stride
             + head * self.head_stride
+    }
+}
+
+/// Which input has q, k and v, and where: three tensors, or one packed.
+pub(crate) fn qkv_views(layouts: &[&Layout]) -> [(usize, View); 3] {
+    match layouts {
+        [packed] => View::unpack(packed).map(|view| (0, view)),
+        _ => [0, 1, 2].map(|input| (input, View::new(layouts[input]))),
     }
 }
 

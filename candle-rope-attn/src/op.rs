@@ -3,14 +3,12 @@
 use std::sync::OnceLock;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Storage,
-    Tensor, WithDType, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
-use half::{bf16, f16};
 
-use crate::batch::{Batch, View};
-use crate::cpu::{self, Rows, RowsMut, SharedMut};
-use crate::element::{Element, check_dtype};
+use crate::batch::Batch;
+use crate::cpu;
+use crate::element::check_dtype;
 use crate::spec::{AttentionSpec, PositionEncoding, Sequences};
 
 /// `softmax(softmax_scale * q k^T + bias) v` of each head and sequence, with q and k rotated
@@ -110,7 +108,8 @@ pub fn attention_qkvpacked_with_bias(
         )
     }
     let qkv = contiguous_rows(qkv)?;
-    let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+    // A copy, as a contiguous view may begin within its storage.
+    let weight = weight.to_dtype(DType::F32)?.force_contiguous()?;
     let op = Attention::new(spec, batch, &[&qkv, &weight]);
     qkv.apply_op2(&weight, op)
 }
@@ -208,57 +207,15 @@ impl Attention {
         inputs: &[(&CpuStorage, &Layout)],
         weight: Option<&CpuStorage>,
     ) -> Result<(CpuStorage, Shape)> {
-        let storage = match inputs[0].0 {
-            CpuStorage::BF16(_) => self.cpu_forward_in::<bf16>(inputs, weight)?,
-            CpuStorage::F16(_) => self.cpu_forward_in::<f16>(inputs, weight)?,
-            _ => self.cpu_forward_in::<f32>(inputs, weight)?,
-        };
-        Ok((storage, self.output_shape()))
-    }
-
-    fn cpu_forward_in<T: Element>(
-        &self,
-        inputs: &[(&CpuStorage, &Layout)],
-        weight: Option<&CpuStorage>,
-    ) -> Result<CpuStorage> {
-        let call = self.cpu_call::<T>(inputs, weight)?;
         let shape = self.output_shape();
-        let mut out = vec![T::from_f64(0.0); shape.elem_count()];
-        let out_rows = RowsMut {
-            data: &SharedMut::new(&mut out),
-            view: View::new(&Layout::contiguous(shape)),
-        };
-        let Some(saved) = &self.lse else {
-            call.forward(out_rows, None);
-            return Ok(T::to_cpu_storage_owned(out));
-        };
-        let mut lse = vec![0.0; self.batch.total_tokens * self.spec.num_heads];
-        let lse_rows = RowsMut {
-            data: &SharedMut::new(&mut lse),
-            view: self.batch.lse_view(self.spec.num_heads),
-        };
-        call.forward(out_rows, Some(lse_rows));
-        let lse = Tensor::from_vec(lse, self.batch.lse_shape(self.spec.num_heads), &Device::Cpu)?;
-        saved.get_or_init(|| lse);
-        Ok(T::to_cpu_storage_owned(out))
-    }
-
-    fn cpu_call<'a, T: Element>(
-        &'a self,
-        inputs: &[(&'a CpuStorage, &Layout)],
-        weight: Option<&CpuStorage>,
-    ) -> Result<cpu::Attention<'a, T>> {
-        let data = inputs
-            .iter()
-            .map(|(storage, _)| T::cpu_storage_as_slice(storage))
-            .collect::<Result<Vec<_>>>()?;
-        let layouts: Vec<_> = inputs.iter().map(|(_, layout)| *layout).collect();
-        let qkv = qkv_views(&layouts).map(|(input, view)| Rows {
-            data: data[input],
-            view,
-        });
-        let weight = weight.map(f32::cpu_storage_as_slice).transpose()?;
-        Ok(cpu::Attention::new(&self.spec, &self.batch, qkv, weight))
+        let layout = Layout::contiguous(&shape);
+        let (out, lse) = cpu::forward(&self.spec, &self.batch, inputs, weight, &layout)?;
+        if let Some(saved) = &self.lse {
+            let shape = self.batch.lse_shape(self.spec.num_heads);
+            let lse = Tensor::from_vec(lse, shape, &Device::Cpu)?;
+            saved.get_or_init(|| lse);
+        }
+        Ok((out, shape))
     }
 
     /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight.
@@ -274,86 +231,11 @@ impl Attention {
         };
         let d_out = contiguous_rows(d_out)?;
         let saved = [out, &d_out, lse];
-        match (out.device(), out.dtype()) {
-            (Device::Cpu, DType::BF16) => self.cpu_backward::<bf16>(inputs, weight, saved),
-            (Device::Cpu, DType::F16) => self.cpu_backward::<f16>(inputs, weight, saved),
-            (Device::Cpu, _) => self.cpu_backward::<f32>(inputs, weight, saved),
-            (device, _) => bail!("attention: no backward pass on {:?}", device.location()),
+        match out.device() {
+            Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
+            device => bail!("attention: no backward pass on {:?}", device.location()),
         }
     }
-
-    fn cpu_backward<T: Element>(
-        &self,
-        inputs: &[&Tensor],
-        weight: Option<&Tensor>,
-        [out, d_out, lse]: [&Tensor; 3],
-    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-        let locked: Vec<_> = inputs.iter().map(|x| x.storage_and_layout()).collect();
-        let storages = locked
-            .iter()
-            .map(|(storage, layout)| Ok((cpu_storage(storage)?, *layout)))
-            .collect::<Result<Vec<_>>>()?;
-        let weight_locked = weight.map(Tensor::storage_and_layout);
-        let weight_storage = match &weight_locked {
-            Some((storage, _)) => Some(cpu_storage(storage)?),
-            None => None,
-        };
-        let call = self.cpu_call::<T>(&storages, weight_storage)?;
-
-        let (out, out_layout) = out.storage_and_layout();
-        let (d_out, d_out_layout) = d_out.storage_and_layout();
-        let (lse, _) = lse.storage_and_layout();
-        let saved = cpu::Saved {
-            out: rows::<T>(&out, View::new(out_layout))?,
-            d_out: rows::<T>(&d_out, View::new(d_out_layout))?,
-            lse: rows::<f32>(&lse, self.batch.lse_view(self.spec.num_heads))?,
-        };
-
-        let mut gradients: Vec<_> = inputs
-            .iter()
-            .map(|x| vec![T::from_f64(0.0); x.elem_count()])
-            .collect();
-        let shared: Vec<_> = gradients.iter_mut().map(|x| SharedMut::new(x)).collect();
-        let layout = Layout::contiguous(inputs[0].shape());
-        let views = qkv_views(&vec![&layout; inputs.len()]);
-        let d_weight = call.backward(
-            &saved,
-            views.map(|(input, view)| RowsMut {
-                data: &shared[input],
-                view,
-            }),
-        );
-        let gradients = gradients
-            .into_iter()
-            .zip(inputs)
-            .map(|(gradient, x)| Tensor::from_vec(gradient, x.shape(), &Device::Cpu))
-            .collect::<Result<_>>()?;
-        let d_weight = d_weight
-            .zip(weight)
-            .map(|(gradient, weight)| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu))
-            .transpose()?;
-        Ok((gradients, d_weight))
-    }
-}
-
-/// Which input has q, k and v, and where: three tensors of one layout each, or one packed.
-fn qkv_views(layouts: &[&Layout]) -> [(usize, View); 3] {
-    match layouts {
-        [packed] => View::unpack(packed).map(|view| (0, view)),
-        _ => [0, 1, 2].map(|input| (input, View::new(layouts[input]))),
-    }
-}
-
-fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!("attention: the inputs must be on one device"),
-    }
-}
-
-fn rows<T: Element>(storage: &Storage, view: View) -> Result<Rows<'_, T>> {
-    let data = T::cpu_storage_as_slice(cpu_storage(storage)?)?;
-    Ok(Rows { data, view })
 }
 
 const NAME: &str = "attention";

@@ -10,6 +10,12 @@ use candle_rope_attn::{
 };
 use common::{Case, Inputs, Results, fused, to_f64};
 
+const BIAS: RelativeBias = RelativeBias {
+    num_buckets: 8,
+    max_distance: 20,
+    bidirectional: true,
+};
+
 /// Small calls that together use every feature.
 fn small_cases() -> Vec<Case> {
     let spec = AttentionSpec::new(2, 4).with_softmax_scale(0.7);
@@ -107,11 +113,7 @@ fn randn(shape: &[usize], seed: u64) -> Result<Var> {
 
 #[test]
 fn all_forms_of_the_op_agree_to_the_bit() -> Result<()> {
-    let bias = PositionEncoding::RelativeBias(RelativeBias {
-        num_buckets: 8,
-        max_distance: 20,
-        bidirectional: true,
-    });
+    let bias = PositionEncoding::RelativeBias(BIAS);
     let [q, k, v] = [1, 2, 3].map(|seed| randn(&[2, 33, 2, 8], seed));
     let (q, k, v, d_out) = (q?, k?, v?, randn(&[2, 33, 2, 8], 4)?);
     let weight = randn(&[8, 2], 5)?;
@@ -167,6 +169,29 @@ fn strided_inputs_need_no_copy_and_others_get_one() -> Result<()> {
     let [q, k, v] = views()?;
     let contiguous = run([q.contiguous()?, k.contiguous()?, v.contiguous()?])?;
     assert_eq!(run([q, k, v])?, contiguous);
+    Ok(())
+}
+
+#[test]
+fn the_weight_may_be_part_of_a_tensor_and_of_another_dtype() -> Result<()> {
+    let spec = AttentionSpec::new(2, 8).with_position(PositionEncoding::RelativeBias(BIAS));
+    let (qkv, d_out) = (randn(&[1, 9, 3, 2, 8], 1)?, randn(&[1, 9, 2, 8], 2)?);
+    let weights = Var::from_tensor(&randn(&[20, 2], 3)?.to_dtype(DType::BF16)?)?;
+    let run = |weight: &Tensor| -> Result<(Vec<f64>, Vec<f64>)> {
+        let out = attention_qkvpacked_with_bias(&qkv, weight, &spec, &Sequences::Dense)?;
+        let gradient = gradients(&out, &d_out, &[&weights])?.remove(0);
+        Ok((to_f64(&out)?, gradient))
+    };
+    let (out, gradient) = run(&weights.narrow(0, 5, 8)?)?;
+    let whole = weights.to_dtype(DType::F32)?.pad_with_zeros(0, 0, 1)?;
+    assert_eq!(run(&whole.narrow(0, 5, 8)?)?, (out, gradient.clone()));
+    assert!(
+        gradient[..10]
+            .iter()
+            .chain(&gradient[26..])
+            .all(|&x| x == 0.0)
+    );
+    assert!(gradient[10..26].iter().any(|&x| x != 0.0));
     Ok(())
 }
 

@@ -2,12 +2,9 @@
 //!
 //! A block is `[keys, width]`, one row a key and one column a query, so that every loop runs along
 //! contiguous queries and no sum crosses lanes. `width` is a multiple of [`LANES`]. The loops are
-//! plain Rust that the compiler vectorises; `Arch::dispatch` compiles them for the widest
-//! instruction set of the machine. Long ones are a [`WithSimd`], not a closure: only a function can
-//! be `inline(always)`, and what is not inlined into the dispatch is compiled without AVX and FMA.
+//! plain Rust that the compiler vectorises.
 
-use pulp::{Arch, Simd, WithSimd};
-
+use crate::ops::cpu::vectorized;
 use crate::philox::DropoutMask;
 
 /// Columns that the loops handle at a time.
@@ -67,12 +64,40 @@ impl OnlineSoftmax {
     /// Takes in a block of scores (log2 units, -inf = masked) and replaces them by
     /// `2^(score - max)`.
     pub fn update(&mut self, scores: &mut [f32]) {
-        Arch::new().dispatch(Update {
-            max: lanes_mut(&mut self.max),
-            sum: lanes_mut(&mut self.sum),
-            rescale: lanes_mut(&mut self.rescale),
-            scores,
-        });
+        let width = self.max.len();
+        let (max, sum) = (lanes_mut(&mut self.max), lanes_mut(&mut self.sum));
+        let rescale = lanes_mut(&mut self.rescale);
+        vectorized(
+            #[inline(always)]
+            || {
+                rescale.copy_from_slice(max);
+                for row in scores.chunks_exact(width) {
+                    for (max, scores) in max.iter_mut().zip(lanes(row)) {
+                        for i in 0..LANES {
+                            max[i] = if scores[i] > max[i] {
+                                scores[i]
+                            } else {
+                                max[i]
+                            };
+                        }
+                    }
+                }
+                for ((max, sum), rescale) in max.iter().zip(&mut *sum).zip(rescale) {
+                    for i in 0..LANES {
+                        rescale[i] = exp2(rescale[i] - or_zero(max[i]));
+                        sum[i] *= rescale[i];
+                    }
+                }
+                for row in scores.chunks_exact_mut(width) {
+                    for ((max, sum), scores) in max.iter().zip(&mut *sum).zip(lanes_mut(row)) {
+                        for i in 0..LANES {
+                            scores[i] = exp2(scores[i] - or_zero(max[i]));
+                            sum[i] += scores[i];
+                        }
+                    }
+                }
+            },
+        );
     }
 
     /// What each column of sums is divided by in the end, inverted; 0 where no key was seen.
@@ -93,54 +118,6 @@ impl OnlineSoftmax {
     }
 }
 
-struct Update<'a> {
-    max: &'a mut [Lanes],
-    sum: &'a mut [Lanes],
-    rescale: &'a mut [Lanes],
-    scores: &'a mut [f32],
-}
-
-impl WithSimd for Update<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let Self {
-            max,
-            sum,
-            rescale,
-            scores,
-        } = self;
-        let width = LANES * max.len();
-        rescale.copy_from_slice(max);
-        for row in scores.chunks_exact(width) {
-            for (max, scores) in max.iter_mut().zip(lanes(row)) {
-                for i in 0..LANES {
-                    max[i] = if scores[i] > max[i] {
-                        scores[i]
-                    } else {
-                        max[i]
-                    };
-                }
-            }
-        }
-        for ((max, sum), rescale) in max.iter().zip(&mut *sum).zip(rescale) {
-            for i in 0..LANES {
-                rescale[i] = exp2(rescale[i] - or_zero(max[i]));
-                sum[i] *= rescale[i];
-            }
-        }
-        for row in scores.chunks_exact_mut(width) {
-            for ((max, sum), scores) in max.iter().zip(&mut *sum).zip(lanes_mut(row)) {
-                for i in 0..LANES {
-                    scores[i] = exp2(scores[i] - or_zero(max[i]));
-                    sum[i] += scores[i];
-                }
-            }
-        }
-    }
-}
-
 /// 0 in place of -inf, the maximum of a query that has seen no key, so that `-inf - max` is no NaN.
 #[inline(always)]
 fn or_zero(max: f32) -> f32 {
@@ -149,22 +126,28 @@ fn or_zero(max: f32) -> f32 {
 
 /// Multiplies row by row with `factors`.
 pub(super) fn scale_columns(block: &mut [f32], factors: &[f32]) {
-    Arch::new().dispatch(|| {
-        for row in block.chunks_exact_mut(factors.len()) {
-            for (x, factor) in row.iter_mut().zip(factors) {
-                *x *= factor;
+    vectorized(
+        #[inline(always)]
+        || {
+            for row in block.chunks_exact_mut(factors.len()) {
+                for (x, factor) in row.iter_mut().zip(factors) {
+                    *x *= factor;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Adds a row to another.
 pub(super) fn add(sums: &mut [f32], row: &[f32]) {
-    Arch::new().dispatch(|| {
-        for (sum, x) in sums.iter_mut().zip(row) {
-            *sum += x;
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum += x;
+            }
+        },
+    );
 }
 
 /// Adds to each row of scores the part of `bias` that begins at the row's place.
@@ -174,13 +157,16 @@ pub(super) fn add_bias(
     bias: &[f32],
     places: impl Iterator<Item = usize>,
 ) {
-    Arch::new().dispatch(|| {
-        for (scores, place) in scores.chunks_exact_mut(width).zip(places) {
-            for (score, bias) in scores.iter_mut().zip(&bias[place..]) {
-                *score += bias;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (scores, place) in scores.chunks_exact_mut(width).zip(places) {
+                for (score, bias) in scores.iter_mut().zip(&bias[place..]) {
+                    *score += bias;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// The transpose of [`add_bias`]: adds each row to the part of `d_bias` at the row's place.
@@ -190,13 +176,16 @@ pub(super) fn add_bias_gradient(
     d_bias: &mut [f32],
     places: impl Iterator<Item = usize>,
 ) {
-    Arch::new().dispatch(|| {
-        for (d_scores, place) in d_scores.chunks_exact(width).zip(places) {
-            for (sum, d_score) in d_bias[place..].iter_mut().zip(d_scores) {
-                *sum += d_score;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (d_scores, place) in d_scores.chunks_exact(width).zip(places) {
+                for (sum, d_score) in d_bias[place..].iter_mut().zip(d_scores) {
+                    *sum += d_score;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// What dropout multiplies the probabilities of one head and block of queries with.
@@ -249,43 +238,26 @@ impl DropoutFactors {
 
     /// Applies dropout to a block of probabilities.
     pub fn apply(&mut self, probabilities: &mut [f32], keys: &[usize]) {
-        if self.mask.is_some() {
-            Arch::new().dispatch(ApplyDropout {
-                factors: self,
-                probabilities,
-                keys,
-            });
+        if self.mask.is_none() {
+            return;
         }
+        let rows = probabilities.chunks_exact_mut(self.width).zip(keys);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, &key) in rows {
+                    for (p, factor) in row.iter_mut().zip(self.row(key)) {
+                        *p *= factor;
+                    }
+                }
+            },
+        );
     }
 }
 
-struct ApplyDropout<'a> {
-    factors: &'a mut DropoutFactors,
-    probabilities: &'a mut [f32],
-    keys: &'a [usize],
-}
-
-impl WithSimd for ApplyDropout<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let rows = self.probabilities.chunks_exact_mut(self.factors.width);
-        for (row, &key) in rows.zip(self.keys) {
-            for (p, factor) in row.iter_mut().zip(self.factors.row(key)) {
-                *p *= factor;
-            }
-        }
-    }
-}
-
-/// The backward pass through dropout and softmax.
-///
-/// Takes scores to the dropped-out probabilities that multiplied v, and the gradients of those to
-/// the gradients of the scores.
+/// The backward pass through dropout and softmax of a block.
 pub(super) struct SoftmaxBackward<'a> {
-    pub scores: &'a mut [f32],
-    pub gradients: &'a mut [f32],
+    /// Positions of the block's keys.
     pub keys: &'a [usize],
     /// One entry a query, in log2 units.
     pub lse: &'a [f32],
@@ -295,31 +267,28 @@ pub(super) struct SoftmaxBackward<'a> {
 }
 
 impl SoftmaxBackward<'_> {
-    pub fn run(self) {
-        Arch::new().dispatch(self);
-    }
-}
-
-impl WithSimd for SoftmaxBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    /// Takes scores to the dropped-out probabilities that multiplied v, and the gradients of those
+    /// to the gradients of the scores.
+    pub fn run(self, scores: &mut [f32], gradients: &mut [f32]) {
         let width = self.lse.len();
         let (lse, delta) = (lanes(self.lse), lanes(self.delta));
-        let scores = self.scores.chunks_exact_mut(width);
-        let gradients = self.gradients.chunks_exact_mut(width);
-        for ((scores, gradients), &key) in scores.zip(gradients).zip(self.keys) {
-            let columns = lanes_mut(scores).iter_mut().zip(lanes_mut(gradients));
-            let queries = lse.iter().zip(delta).zip(lanes(self.dropout.row(key)));
-            for ((score, gradient), ((lse, delta), factor)) in columns.zip(queries) {
-                for i in 0..LANES {
-                    let p = exp2(score[i] - lse[i]);
-                    gradient[i] = p * (gradient[i] * factor[i] - delta[i]);
-                    score[i] = p * factor[i];
+        let rows = (scores.chunks_exact_mut(width)).zip(gradients.chunks_exact_mut(width));
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((scores, gradients), &key) in rows.zip(self.keys) {
+                    let columns = lanes_mut(scores).iter_mut().zip(lanes_mut(gradients));
+                    let queries = lse.iter().zip(delta).zip(lanes(self.dropout.row(key)));
+                    for ((score, gradient), ((lse, delta), factor)) in columns.zip(queries) {
+                        for i in 0..LANES {
+                            let p = exp2(score[i] - lse[i]);
+                            gradient[i] = p * (gradient[i] * factor[i] - delta[i]);
+                            score[i] = p * factor[i];
+                        }
+                    }
                 }
-            }
-        }
+            },
+        );
     }
 }
 

@@ -4,7 +4,7 @@
 //! only what that needs. Results on the CPU are the same bits on any number of threads.
 
 mod adamw;
-mod cpu;
+pub(crate) mod cpu;
 mod cross_entropy;
 mod dropout;
 mod gather;

@@ -1,9 +1,10 @@
 //! Rotary position embedding as an operation of its own.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
-use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::cpu::{with_element, zeros};
 use crate::batch::{Batch, Sequence, View};
 use crate::element::{Element, check_dtype};
 use crate::op::contiguous_rows;
@@ -54,7 +55,7 @@ impl Rotate {
         let tokens: Vec<(Sequence, usize)> = (self.batch.iter())
             .flat_map(|sequence| (0..sequence.len).map(move |position| (sequence, position)))
             .collect();
-        let mut out = vec![T::from_f64(0.0); layout.shape().elem_count()];
+        let mut out = zeros::<T>(layout.shape().elem_count());
         out.par_chunks_exact_mut((num_heads * head_dim).max(1))
             .zip(tokens)
             .for_each_init(
@@ -78,11 +79,7 @@ impl CustomOp1 for Rotate {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match x {
-            CpuStorage::BF16(_) => self.cpu::<bf16>(x, layout)?,
-            CpuStorage::F16(_) => self.cpu::<f16>(x, layout)?,
-            _ => self.cpu::<f32>(x, layout)?,
-        };
+        let out = with_element!(x.dtype(), T => self.cpu::<T>(x, layout)?);
         Ok((out, layout.shape().clone()))
     }
 
