@@ -77,7 +77,7 @@ impl Tokenizer {
     ///
     /// A `vocab.txt` becomes BERT's tokenizer. It does not say whether text is lower-cased:
     /// `lowercase` says so, else `do_lower_case` of a `tokenizer_config.json` beside it, else
-    /// text is lower-cased where no piece of the vocabulary has an upper-case letter.
+    /// text is lower-cased where no piece of the vocabulary has a letter `A` to `Z`.
     ///
     /// # Errors
     /// When the file is missing, damaged, or lacks a special token, or when `lowercase`
@@ -184,6 +184,10 @@ impl Tokenizer {
             sep: sep?,
             mask: mask?,
         };
+        ensure!(
+            inner.get_vocab_size(true) > SPECIAL_TOKENS.len(),
+            "the vocabulary holds nothing but special tokens"
+        );
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -358,8 +362,10 @@ fn normalizer(lowercase: bool) -> BertNormalizer {
     BertNormalizer::new(true, true, None, lowercase)
 }
 
+/// `A` to `Z` only: BERT's uncased vocabularies do hold capitals of other scripts.
 fn has_upper_case(piece: &str) -> bool {
-    !(piece.starts_with('[') && piece.ends_with(']')) && piece.chars().any(char::is_uppercase)
+    let is_special = piece.starts_with('[') && piece.ends_with(']');
+    !is_special && piece.contains(|letter: char| letter.is_ascii_uppercase())
 }
 
 /// `tokenizer_config.json` of a folder, null without one.
@@ -447,7 +453,11 @@ mod tests {
 
         fs::write(&path, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nA\na\n").unwrap();
         assert_eq!(load(None), Some(false));
-        fs::write(&path, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n").unwrap();
+        fs::write(
+            &path,
+            "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n[unusedA]\na\nℝ\n",
+        )
+        .unwrap();
         assert_eq!(load(None), Some(true));
         fs::write(
             dir.path().join(TOKENIZER_CONFIG),
@@ -486,6 +496,8 @@ mod tests {
             error(VOCAB, b"[PAD]\na\nb\na\n").contains("line 4 repeats the piece \"a\" of line 2")
         );
         assert!(error(VOCAB, b"[PAD]\n\xff\n").contains("not UTF-8"));
+        let special = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n";
+        assert!(error(VOCAB, special).contains("nothing but special tokens"));
         assert!(error(TOKENIZER, b"{}").contains("not a tokenizer"));
 
         let missing = Tokenizer::load(&dir.path().join("none.txt"), None)

@@ -349,7 +349,7 @@ fn damaged_files_are_noticed() {
         ("c.parquet", cut(parquet_file.clone())),
         (
             "d.parquet",
-            [&parquet_file[..4], &vec![7; 200], &parquet_file[204..]].concat(),
+            [&parquet_file[..4], &[7; 200], &parquet_file[204..]].concat(),
         ),
     ] {
         let error = error(&folder.write(name, bytes));

@@ -110,7 +110,8 @@ impl Batches {
         let chunks = pack(dataset.documents(), config.seq_len);
         ensure!(
             !chunks.is_empty(),
-            "{dataset}: no tokens to make batches of"
+            "{}: no tokens to make batches of",
+            dataset.description()
         );
         Ok(Self {
             masking: Masking::new(&config, tokenizer),
@@ -188,7 +189,7 @@ impl Batches {
             !batch.labels.is_empty(),
             "{}: batch {index} has no token to predict, all are special or unknown; does the \
              tokenizer suit the text?",
-            self.dataset
+            self.dataset.description()
         );
         Ok(batch)
     }
@@ -439,6 +440,8 @@ fn fill(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -512,6 +515,29 @@ mod tests {
                 let len: u64 = pieces.iter().map(|p| p.tokens.end - p.tokens.start + 2).sum();
                 prop_assert!(len > seq_len as u64 - MIN_CUT - 2, "room is left for a piece");
             }
+        }
+
+        #[test]
+        fn masks_hide_text_tokens_only_and_labels_restore_them(
+            seed: u64,
+            mask_rate in 0.001_f64..=1.0,
+            seq_len in MIN_SEQ_LEN..150,
+            batch_size in 1_usize..6,
+            index in 0_u64..100,
+        ) {
+            static DATA: LazyLock<(tempfile::TempDir, Data)> = LazyLock::new(|| data(20));
+            let batch = |objective| {
+                let config = BatchConfig { objective, seq_len, batch_size, mask_rate, seed };
+                training(&DATA.1, config).get(index).unwrap()
+            };
+            let (masked, plain) = (batch(Objective::Mlm), batch(Objective::Clm));
+            prop_assert_eq!(unmasked(&masked), plain.input_ids);
+            prop_assert_eq!(masked.cu_seqlens, plain.cu_seqlens);
+            prop_assert!(!masked.labels.is_empty());
+            prop_assert_eq!(masked.labels.len(), masked.label_positions.len());
+            prop_assert!(masked.label_positions.is_sorted_by(|a, b| a < b));
+            let special = DATA.1.tokenizer.special().sorted();
+            prop_assert!(masked.labels.iter().all(|label| !special.contains(label)));
         }
 
         #[test]

@@ -1,6 +1,5 @@
 //! Tokenised documents: built once, cached, and split into training and held-out text.
 
-use std::fmt;
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
@@ -89,7 +88,8 @@ impl TokenDataset {
         };
         ensure!(
             !train.is_empty() && !held_out.is_empty(),
-            "{self}: too little text to hold out a fraction of {fraction}; pass a validation source"
+            "{}: too little text to hold out a fraction of {fraction}; pass a validation source",
+            self.description()
         );
         Ok((self.part(train), self.part(held_out)))
     }
@@ -130,8 +130,10 @@ impl TokenDataset {
 
     fn part(&self, documents: Vec<Range<u64>>) -> Self {
         Self {
+            file: self.file.clone(),
             documents,
-            ..self.clone()
+            sources: self.sources.clone(),
+            tokenizer: self.tokenizer,
         }
     }
 
@@ -156,7 +158,13 @@ impl TokenDataset {
     /// Sources, documents, tokens and checksum, as text for the record of a run. The checksum is
     /// that of all tokens of the sources, before a split.
     pub fn description(&self) -> String {
-        self.to_string()
+        format!(
+            "{}: {} documents, {} tokens, checksum {:016x}",
+            self.sources,
+            self.documents.len(),
+            self.tokens(),
+            self.file.checksum()
+        )
     }
 
     /// # Errors
@@ -164,22 +172,10 @@ impl TokenDataset {
     pub(crate) fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<()> {
         ensure!(
             self.tokenizer == tokenizer.fingerprint(),
-            "{self}: tokenised with another tokenizer"
+            "{}: tokenised with another tokenizer",
+            self.description()
         );
         Ok(())
-    }
-}
-
-impl fmt::Display for TokenDataset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {} documents, {} tokens, checksum {:016x}",
-            self.sources,
-            self.documents.len(),
-            self.tokens(),
-            self.file.checksum()
-        )
     }
 }
 

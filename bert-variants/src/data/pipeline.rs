@@ -26,7 +26,7 @@ pub(crate) fn run<T: Send>(
     map: impl Fn(&str) -> Result<T> + Sync,
     mut consume: impl FnMut(&Passage, T) -> Result<()>,
 ) -> Result<()> {
-    let progress = progress_bar(sources.bytes(), what);
+    let progress = progress_bar(sources.progress_len(), what);
     let (sender, receiver) = sync_channel(READ_AHEAD);
     thread::scope(|scope| {
         let progress = &progress;

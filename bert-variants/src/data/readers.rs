@@ -79,8 +79,8 @@ impl InputFile {
         };
         let read = || -> Result<_> {
             let metadata = path.metadata()?;
-            let modified = metadata.modified()?.duration_since(UNIX_EPOCH)?;
-            Ok((metadata.len(), modified.as_nanos()))
+            let modified = metadata.modified()?.duration_since(UNIX_EPOCH);
+            Ok((metadata.len(), modified.unwrap_or_default().as_nanos()))
         };
         let (size, modified) = read().with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Some(Self {

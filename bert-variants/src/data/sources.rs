@@ -27,10 +27,21 @@ pub struct FileSources {
 }
 
 impl Sources {
-    /// Finds the files of every name: a file, a folder (all supported files in it and below, in
-    /// the order of their paths, hidden ones left out), or `hf://datasets/owner/name[/path]`.
+    /// Finds the files of every name, which is one of
     ///
-    /// `text_field` names the JSON field or Parquet column that holds the text.
+    /// - a file,
+    /// - a folder: all supported files in it and below, in the order of their paths, hidden ones
+    ///   left out,
+    /// - `hf://datasets/owner/name[@revision][/path]`: the supported files of a data set on the
+    ///   Hugging Face Hub whose paths begin with `path`.
+    ///
+    /// Kinds of files are
+    ///
+    /// - `.txt`: one document a file; blank lines separate its paragraphs and mean nothing more,
+    /// - `.jsonl`, `.ndjson`, `.json`: one JSON object a line, whose field `text_field` is a
+    ///   document; blank lines, empty texts and nulls are passed over,
+    /// - all of these also with `.gz` or `.zst`, of any window size,
+    /// - `.parquet`: one document a row, in the column `text_field`; nulls are passed over.
     ///
     /// # Errors
     /// When a file or folder is missing, of an unknown kind or empty, or the Hub not in reach.
@@ -43,7 +54,7 @@ impl Sources {
         }))
     }
 
-    /// Reads all documents, in order. `progress` advances to [`Sources::bytes`].
+    /// Reads all documents, in order. `progress` advances to [`Sources::progress_len`].
     ///
     /// # Errors
     /// When a file cannot be read, see the message, or `emit` fails.
@@ -54,8 +65,8 @@ impl Sources {
         }
     }
 
-    /// Size of the sources for a progress bar: bytes on disk.
-    pub fn bytes(&self) -> u64 {
+    /// What a progress bar counts to: bytes on disk, or tales of the embedded corpus.
+    pub fn progress_len(&self) -> u64 {
         match self {
             Self::Files(sources) => sources.files().map(|file| file.size).sum(),
             Self::Corpus(corpus) => corpus.documents as u64,
