@@ -148,7 +148,10 @@ pub(crate) fn read_optimizer(
     };
     let mut moments = Vec::new();
     for (name, _) in parameters.vars() {
-        moments.push((take(format!("{name}.exp_avg"))?, take(format!("{name}.exp_avg_sq"))?));
+        moments.push((
+            take(format!("{name}.exp_avg"))?,
+            take(format!("{name}.exp_avg_sq"))?,
+        ));
     }
     let steps = u32::try_from(progress.step).context("too many steps")?;
     optimizer.load_state(&AdamWState { steps, moments })?;

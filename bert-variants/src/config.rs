@@ -165,9 +165,14 @@ impl BertConfig {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the model configuration {}", path.display()))?;
         let config: Self = serde_json::from_str(&text).with_context(|| {
-            format!("{} is not the configuration of a model we know", path.display())
+            format!(
+                "{} is not the configuration of a model we know",
+                path.display()
+            )
         })?;
-        config.validate().with_context(|| format!("in {}", path.display()))?;
+        config
+            .validate()
+            .with_context(|| format!("in {}", path.display()))?;
         Ok(config)
     }
 
@@ -195,7 +200,12 @@ impl BertConfig {
     /// RoFormer's rotary frequencies: interleaved pairs.
     pub(crate) fn rope(&self) -> Result<Rope> {
         let theta = self.rope_theta.unwrap_or(10_000.0);
-        Ok(Rope::new(self.head_dim(), theta, RopePairing::Interleaved, RopeScaling::None)?)
+        Ok(Rope::new(
+            self.head_dim(),
+            theta,
+            RopePairing::Interleaved,
+            RopeScaling::None,
+        )?)
     }
 
     /// Refuses what we would otherwise compute differently from transformers.
@@ -227,7 +237,10 @@ impl BertConfig {
         );
         for (key, p) in [
             ("hidden_dropout_prob", self.hidden_dropout_prob),
-            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+            (
+                "attention_probs_dropout_prob",
+                self.attention_probs_dropout_prob,
+            ),
         ] {
             ensure!((0.0..1.0).contains(&p), "{key} must be in [0, 1), got {p}");
         }

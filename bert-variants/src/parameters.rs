@@ -104,7 +104,10 @@ impl Parameters {
             );
             vars.push((name, Var::from_tensor(&tensor)?));
         }
-        let index = vars.iter().enumerate().map(|(i, (name, _))| (name.clone(), i));
+        let index = vars
+            .iter()
+            .enumerate()
+            .map(|(i, (name, _))| (name.clone(), i));
         Ok(Self {
             index: index.collect(),
             vars,
@@ -122,7 +125,10 @@ impl Parameters {
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str, trainable: bool) -> Result<Tensor> {
-        let at = self.index.get(name).with_context(|| format!("the model has no weight {name}"))?;
+        let at = self
+            .index
+            .get(name)
+            .with_context(|| format!("the model has no weight {name}"))?;
         let tensor = self.vars[*at].1.as_tensor();
         Ok(if trainable {
             tensor.clone()
@@ -135,7 +141,6 @@ impl Parameters {
     pub fn device(&self) -> &Device {
         self.vars[0].1.device()
     }
-
 
     /// The weights under transformers' names (without the model's prefix).
     ///
@@ -181,7 +186,11 @@ fn layout(config: &BertConfig) -> Vec<(String, Vec<usize>, Init)> {
     let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
     let mut all = Vec::new();
     let mut table = |name: &str, rows: usize| {
-        all.push((format!("embeddings.{name}.weight"), vec![rows, hidden], Init::Normal));
+        all.push((
+            format!("embeddings.{name}.weight"),
+            vec![rows, hidden],
+            Init::Normal,
+        ));
     };
     table("word_embeddings", config.vocab_size);
     if config.model_type == ModelType::Bert {
@@ -190,7 +199,11 @@ fn layout(config: &BertConfig) -> Vec<(String, Vec<usize>, Init)> {
     table("token_type_embeddings", config.type_vocab_size);
 
     let linear = |all: &mut Vec<_>, name: &str, outputs: usize, inputs: usize| {
-        all.push((format!("{name}.weight"), vec![outputs, inputs], Init::Normal));
+        all.push((
+            format!("{name}.weight"),
+            vec![outputs, inputs],
+            Init::Normal,
+        ));
         all.push((format!("{name}.bias"), vec![outputs], Init::Zeros));
     };
     let layer_norm = |all: &mut Vec<_>, name: &str| {
@@ -200,16 +213,35 @@ fn layout(config: &BertConfig) -> Vec<(String, Vec<usize>, Init)> {
     layer_norm(&mut all, "embeddings.LayerNorm");
     for i in 0..config.num_hidden_layers {
         let layer = format!("encoder.layer.{i}");
-        linear(&mut all, &format!("{layer}.attention.self.qkv"), 3 * hidden, hidden);
-        linear(&mut all, &format!("{layer}.attention.output.dense"), hidden, hidden);
+        linear(
+            &mut all,
+            &format!("{layer}.attention.self.qkv"),
+            3 * hidden,
+            hidden,
+        );
+        linear(
+            &mut all,
+            &format!("{layer}.attention.output.dense"),
+            hidden,
+            hidden,
+        );
         layer_norm(&mut all, &format!("{layer}.attention.output.LayerNorm"));
-        linear(&mut all, &format!("{layer}.intermediate.dense"), mlp, hidden);
+        linear(
+            &mut all,
+            &format!("{layer}.intermediate.dense"),
+            mlp,
+            hidden,
+        );
         linear(&mut all, &format!("{layer}.output.dense"), hidden, mlp);
         layer_norm(&mut all, &format!("{layer}.output.LayerNorm"));
     }
     linear(&mut all, "cls.predictions.transform.dense", hidden, hidden);
     layer_norm(&mut all, "cls.predictions.transform.LayerNorm");
-    all.push(("cls.predictions.bias".into(), vec![config.vocab_size], Init::Zeros));
+    all.push((
+        "cls.predictions.bias".into(),
+        vec![config.vocab_size],
+        Init::Zeros,
+    ));
     all
 }
 
@@ -225,20 +257,28 @@ mod tests {
         let read = |(name, tensor): (String, Tensor)| {
             (name, tensor.flatten_all().unwrap().to_vec1().unwrap())
         };
-        parameters.state_dict().unwrap().into_iter().map(read).collect()
+        parameters
+            .state_dict()
+            .unwrap()
+            .into_iter()
+            .map(read)
+            .collect()
     }
 
     #[test]
     fn variants_share_initial_weights_and_differ_by_the_position_table() {
-        let init = |model_type, seed| {
-            Parameters::init(&config(model_type), seed, &Device::Cpu).unwrap()
-        };
+        let init =
+            |model_type, seed| Parameters::init(&config(model_type), seed, &Device::Cpu).unwrap();
         let (bert, roformer) = (init(ModelType::Bert, 1), init(ModelType::Roformer, 1));
         let counts = |model_type| ParameterCounts::of(&config(model_type));
         let (absolute, rope) = (counts(ModelType::Bert), counts(ModelType::Roformer));
         assert_eq!((absolute.positions, rope.positions), (32 * 16, 0));
         assert_eq!(absolute.all, rope.all + 32 * 16);
-        let elements = bert.vars().iter().map(|(_, var)| var.elem_count() as u64).sum::<u64>();
+        let elements = bert
+            .vars()
+            .iter()
+            .map(|(_, var)| var.elem_count() as u64)
+            .sum::<u64>();
         assert_eq!(absolute.all, elements);
 
         let (mut bert, roformer) = (values(&bert), values(&roformer));
@@ -248,16 +288,17 @@ mod tests {
         let other_seed = values(&init(ModelType::Roformer, 2));
         let word = "embeddings.word_embeddings.weight";
         assert_ne!(roformer[word], other_seed[word]);
-        let [query, key] = ["query", "key"].map(|part| {
-            &roformer[&format!("encoder.layer.0.attention.self.{part}.weight")]
-        });
+        let [query, key] = ["query", "key"]
+            .map(|part| &roformer[&format!("encoder.layer.0.attention.self.{part}.weight")]);
         assert_ne!(query, key);
     }
 
     #[test]
     fn initial_weights_have_the_configured_deviation() {
         let parameters = Parameters::init(&config(ModelType::Bert), 0, &Device::Cpu).unwrap();
-        let table = parameters.get("encoder.layer.1.attention.self.qkv.weight", false).unwrap();
+        let table = parameters
+            .get("encoder.layer.1.attention.self.qkv.weight", false)
+            .unwrap();
         let values: Vec<f32> = table.flatten_all().unwrap().to_vec1().unwrap();
         let variance = values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32;
         assert!((variance.sqrt() / 0.02 - 1.0).abs() < 0.1, "{variance}");

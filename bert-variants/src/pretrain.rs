@@ -181,7 +181,10 @@ pub fn pretrain(
         out,
         device,
     } = &config.run;
-    ensure!(!variants.is_empty(), "--variants is empty, expected at least one");
+    ensure!(
+        !variants.is_empty(),
+        "--variants is empty, expected at least one"
+    );
     ensure!(!seeds.is_empty(), "--seeds is empty, expected at least one");
     config.train.validate()?;
     let device = open_device(device)?;
@@ -194,7 +197,10 @@ pub fn pretrain(
     tracing::info!("evaluating on {}", data.validation.description());
 
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    write_atomic(&out.join("settings.toml"), toml::to_string_pretty(config)?.as_bytes())?;
+    write_atomic(
+        &out.join("settings.toml"),
+        toml::to_string_pretty(config)?.as_bytes(),
+    )?;
     let mut runs = Vec::new();
     for objective in objective.list() {
         for seed in seeds {
@@ -237,6 +243,12 @@ impl PretrainConfig {
         config.intermediate_size = size.intermediate_size.unwrap_or(4 * size.hidden_size);
         config.hidden_dropout_prob = size.hidden_dropout_prob;
         config.validate()?;
+        ensure!(
+            config.max_position_embeddings >= self.batch.seq_len,
+            "max_position_embeddings {} is less than seq_len {}",
+            config.max_position_embeddings,
+            self.batch.seq_len
+        );
         Ok(config)
     }
 
@@ -265,17 +277,21 @@ impl Plan<'_> {
     /// Makes the run and reads its records, or `None` where it was stopped.
     fn run(&self, resume: bool, stop: &AtomicBool) -> Result<Option<Run>> {
         let dir = self.config.run.out.join(self.name());
-        if resume && is_finished(&dir) {
+        let vocab_size = self.data.tokenizer.vocab_size();
+        let model_config = self
+            .config
+            .model_config(self.variant, self.objective, vocab_size)?;
+        let header = self.header(&model_config)?;
+        if resume && let Some(run) = finished(&dir)? {
+            run.header.check_resumable_as(&header)?;
             tracing::info!("{} is finished already", self.name());
-            return read_run(&dir).map(Some);
+            return Ok(Some(run));
         }
         tracing::info!("training {}", self.name());
-        let vocab_size = self.data.tokenizer.vocab_size();
-        let model_config = self.config.model_config(self.variant, self.objective, vocab_size)?;
         let batches = self.batches()?;
         let mut trainer = Trainer::new(
             &dir,
-            &self.header(&model_config)?,
+            &header,
             &self.config.train,
             &model_config,
             self.data.tokenizer.clone(),
@@ -313,7 +329,9 @@ impl Plan<'_> {
         let eval = Batches::evaluation(validation.clone(), tokenizer, eval_config, most)?;
         Ok(RunData {
             train: Arc::new(Batches::training(train.clone(), tokenizer, config)?),
-            eval: (0..eval.num_batches()).map(|i| eval.get(i)).collect::<Result<_>>()?,
+            eval: (0..eval.num_batches())
+                .map(|i| eval.get(i))
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -340,8 +358,12 @@ impl Plan<'_> {
     }
 }
 
-fn is_finished(dir: &Path) -> bool {
-    dir.join(METRICS_FILE).exists() && read_run(dir).is_ok_and(|run| run.summary.is_some())
+/// The run in a folder, if there is one that reached its end.
+fn finished(dir: &Path) -> Result<Option<Run>> {
+    if !dir.join(METRICS_FILE).exists() {
+        return Ok(None);
+    }
+    Ok(Some(read_run(dir)?).filter(|run| run.summary.is_some()))
 }
 
 /// Version of this program, with the git commit where it was built from a checkout.

@@ -32,7 +32,8 @@ where
             bail!("{}: {section} is a section, got {table}", path.display());
         };
         for (key, value) in table {
-            let known = lookup(keys, &key, "key").with_context(|| format!("{}, [{section}]", at()))?;
+            let known =
+                lookup(keys, &key, "key").with_context(|| format!("{}, [{section}]", at()))?;
             let on_command_line = matches.try_contains_id(&key).is_ok()
                 && matches.value_source(&key) == Some(ValueSource::CommandLine);
             if !on_command_line {
@@ -50,7 +51,10 @@ fn lookup<'a>(object: &'a mut Value, name: &str, what: &str) -> Result<&'a mut V
         .map(|map| map.keys().cloned().collect())
         .unwrap_or_default();
     object.get_mut(name).with_context(|| {
-        format!("there is no {what} \"{name}\"; expected one of {}", names.join(", "))
+        format!(
+            "there is no {what} \"{name}\"; expected one of {}",
+            names.join(", ")
+        )
     })
 }
 
@@ -60,7 +64,10 @@ fn read_file(path: &Path) -> Result<Map<String, Value>> {
     let parsed = match path.extension().and_then(|ending| ending.to_str()) {
         Some("toml") => toml::from_str(&text).map_err(anyhow::Error::from),
         Some("yaml" | "yml") => serde_yaml_ng::from_str(&text).map_err(anyhow::Error::from),
-        _ => bail!("{}: settings are .toml, .yaml or .yml files", path.display()),
+        _ => bail!(
+            "{}: settings are .toml, .yaml or .yml files",
+            path.display()
+        ),
     };
     parsed.with_context(|| format!("{} is not what its ending says", path.display()))
 }
@@ -102,7 +109,9 @@ mod tests {
         let path = dir.path().join(format!("settings.{ending}"));
         std::fs::write(&path, file)?;
         let path = path.display().to_string();
-        let args = ["test", "--config", &path].into_iter().chain(args.iter().copied());
+        let args = ["test", "--config", &path]
+            .into_iter()
+            .chain(args.iter().copied());
         let settings: Settings = settings(&Cli::command().get_matches_from(args))?;
         Ok(settings.train)
     }
@@ -119,18 +128,32 @@ mod tests {
         let yaml = "train:\n  batch_size: 7\n  seeds: [1, 2]";
         assert_eq!(parse("yaml", yaml, &["--seeds", "3"]).unwrap(), expected);
         // A default given on the command line is given all the same.
-        assert_eq!(parse("toml", toml, &["--batch-size", "1"]).unwrap().batch_size, 1);
+        assert_eq!(
+            parse("toml", toml, &["--batch-size", "1"])
+                .unwrap()
+                .batch_size,
+            1
+        );
     }
 
     #[test]
     fn errors_name_what_is_wrong() {
         let message = |ending, text| format!("{:#}", parse(ending, text, &[]).unwrap_err());
         let unknown = message("toml", "[train]\nbatchsize = 7");
-        assert!(unknown.contains("\"batchsize\"; expected one of batch_size, lr, seeds"), "{unknown}");
+        assert!(
+            unknown.contains("\"batchsize\"; expected one of batch_size, lr, seeds"),
+            "{unknown}"
+        );
         let section = message("toml", "[training]\nlr = 7");
-        assert!(section.contains("\"training\"; expected one of train"), "{section}");
+        assert!(
+            section.contains("\"training\"; expected one of train"),
+            "{section}"
+        );
         let kind = message("toml", "[train]\nbatch_size = \"many\"");
-        assert!(kind.contains("train.batch_size") && kind.contains("many"), "{kind}");
+        assert!(
+            kind.contains("train.batch_size") && kind.contains("many"),
+            "{kind}"
+        );
         assert!(message("toml", "[train").contains("is not what its ending says"));
         assert!(message("json", "{}").contains(".toml, .yaml or .yml"));
     }

@@ -326,8 +326,12 @@ impl Trainer {
             self.window.lr = schedule.lr(self.progress.step);
             let (loss, gradients) = self.gradients(&batches)?;
             let norm = global_norm(&gradients)?;
-            self.optimizer
-                .step(&gradients, self.window.lr, &norm, Some(self.config.max_grad_norm))?;
+            self.optimizer.step(
+                &gradients,
+                self.window.lr,
+                &norm,
+                Some(self.config.max_grad_norm),
+            )?;
             self.count_step(&batches, loss, norm, meter.peak_bytes());
             self.check_finite(&gradients)?;
 

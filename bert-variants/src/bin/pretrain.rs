@@ -18,7 +18,7 @@ static PEAK_ALLOC: PeakAlloc = PeakAlloc;
 /// Without options, two small models are trained on an embedded corpus in a few minutes. Their
 /// runs, checkpoints (Hugging Face directories) and the report are written to --out.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, args_override_self = true)]
 struct Cli {
     /// TOML or YAML file of settings, as in OUT/settings.toml; options on the command line win.
     #[arg(long, value_name = "FILE")]
