@@ -45,11 +45,11 @@ fn exp2(x: f32) -> f32 {
 /// Running softmax of the columns of the blocks seen so far.
 pub(super) struct OnlineSoftmax {
     /// Largest score of each query, in log2 units.
-    pub max: Vec<f32>,
+    max: Vec<f32>,
     /// Sum of `2^(score - max)` of each query.
-    pub sum: Vec<f32>,
+    sum: Vec<f32>,
     /// Factor that the last block brought to earlier sums.
-    pub rescale: Vec<f32>,
+    rescale: Vec<f32>,
 }
 
 impl OnlineSoftmax {
