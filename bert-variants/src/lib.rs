@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 pub mod memory;
 pub mod model;
+mod names;
 pub mod parameters;
 pub mod pretrain;
 pub mod record;

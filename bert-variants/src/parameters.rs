@@ -1,8 +1,8 @@
 //! The weights of a model: their names, shapes and initial values.
 //!
-//! Names are those of transformers' state dict without the model's prefix (`bert.`), with one
-//! difference: query, key and value of a layer are one parameter, `attention.self.qkv`, so that
-//! they are one matrix product. They are split and joined where checkpoints are written and read.
+//! Names are the same for every variant, close to those of transformers' BERT. Query, key and value
+//! of a layer are one parameter, `attention.self.qkv`, so that they are one matrix product.
+//! `names.rs` says what the weights are called on disk.
 
 use std::collections::HashMap;
 
@@ -13,13 +13,14 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::config::{BertConfig, ModelType};
+use crate::config::{BertConfig, Norm, Position, Task};
 
 /// Name of the position table, which is what the comparison counts apart.
 pub const POSITION_EMBEDDINGS: &str = "embeddings.position_embeddings.weight";
-
-const PACKED: &str = "self.qkv.";
-const PARTS: [&str; 3] = ["self.query.", "self.key.", "self.value."];
+/// Name of T5's relative biases `[num_buckets, num_heads]`.
+pub(crate) const RELATIVE_BIAS: &str = "encoder.relative_attention_bias.weight";
+/// Name of the token embedding.
+pub(crate) const WORD_EMBEDDINGS: &str = "embeddings.word_embeddings.weight";
 
 /// How a parameter starts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,7 +47,7 @@ impl ParameterCounts {
             all: 0,
             positions: 0,
         };
-        for (name, shape, _) in layout(config) {
+        for Layout { name, shape, .. } in layout(config) {
             let count = shape.iter().product::<usize>() as u64;
             counts.all += count;
             if name == POSITION_EMBEDDINGS {
@@ -57,6 +58,14 @@ impl ParameterCounts {
     }
 }
 
+/// A parameter of a configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Layout {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub init: Init,
+}
+
 /// All trainable weights of one model, f32, in a fixed order.
 pub struct Parameters {
     vars: Vec<(String, Var)>,
@@ -64,7 +73,7 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Initial weights as in transformers' `_init_weights`: normal weights, biases 0, LayerNorm 1.
+    /// Initial weights: normal weights, biases 0, LayerNorm 1, as in BERT's `_init_weights`.
     ///
     /// Every weight depends on `seed` and its own name alone, so variants start with equal values
     /// in the weights that they share.
@@ -72,37 +81,25 @@ impl Parameters {
     /// # Errors
     /// When the device has no memory left.
     pub fn init(config: &BertConfig, seed: u64, device: &Device) -> Result<Self> {
-        let normal = Normal::new(0.0, config.initializer_range as f32)
-            .context("initializer_range must be finite and not negative")?;
-        Self::build(config, |name, shape, init| {
-            initial(name, shape, init, &normal, seed, device)
-        })
+        Self::build(config, |layout| initial(layout, config, seed, device))
     }
 
-    /// Weights from `source`, which is asked for each by transformers' name and shape.
+    /// Weights from `source`, which is asked for each.
     pub(crate) fn build(
         config: &BertConfig,
-        mut source: impl FnMut(&str, &[usize], Init) -> Result<Tensor>,
+        mut source: impl FnMut(&Layout) -> Result<Tensor>,
     ) -> Result<Self> {
         let mut vars = Vec::new();
-        for (name, shape, init) in layout(config) {
-            let tensor = if name.contains(PACKED) {
-                let mut part_shape = shape.clone();
-                part_shape[0] /= PARTS.len();
-                let parts = PARTS
-                    .iter()
-                    .map(|part| source(&name.replace(PACKED, part), &part_shape, init))
-                    .collect::<Result<Vec<_>>>()?;
-                Tensor::cat(&parts, 0)?
-            } else {
-                source(&name, &shape, init)?
-            };
+        for layout in layout(config) {
+            let tensor = source(&layout)?;
             ensure!(
-                tensor.dims() == shape,
-                "{name}: got shape {:?}, the configuration expects {shape:?}",
-                tensor.dims()
+                tensor.dims() == layout.shape,
+                "{}: got shape {:?}, the configuration expects {:?}",
+                layout.name,
+                tensor.dims(),
+                layout.shape
             );
-            vars.push((name, Var::from_tensor(&tensor)?));
+            vars.push((layout.name, Var::from_tensor(&tensor)?));
         }
         let index = vars
             .iter()
@@ -141,134 +138,158 @@ impl Parameters {
     pub fn device(&self) -> &Device {
         self.vars[0].1.device()
     }
-
-    /// The weights under transformers' names (without the model's prefix).
-    ///
-    /// # Errors
-    /// When the device cannot copy them.
-    pub(crate) fn state_dict(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = Vec::new();
-        for (name, var) in &self.vars {
-            if name.contains(PACKED) {
-                for (part, tensor) in PARTS.iter().zip(var.chunk(PARTS.len(), 0)?) {
-                    tensors.push((name.replace(PACKED, part), tensor.detach().contiguous()?));
-                }
-            } else {
-                tensors.push((name.clone(), var.detach()));
-            }
-        }
-        Ok(tensors)
-    }
 }
 
-fn initial(
-    name: &str,
-    shape: &[usize],
-    init: Init,
-    normal: &Normal<f32>,
+/// The initial value of a parameter.
+pub(crate) fn initial(
+    layout: &Layout,
+    config: &BertConfig,
     seed: u64,
     device: &Device,
 ) -> Result<Tensor> {
+    let shape = layout.shape.as_slice();
     let count: usize = shape.iter().product();
-    let values = match init {
+    let values = match layout.init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
         Init::Normal => {
-            let mut rng = ChaCha8Rng::seed_from_u64(xxh3_64_with_seed(name.as_bytes(), seed));
+            let normal = Normal::new(0.0, config.initializer_range as f32)
+                .context("initializer_range must be finite and not negative")?;
+            let name = layout.name.as_bytes();
+            let mut rng = ChaCha8Rng::seed_from_u64(xxh3_64_with_seed(name, seed));
             (0..count).map(|_| normal.sample(&mut rng)).collect()
         }
     };
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
-/// Every parameter of the model in order: name, shape, initial value.
-fn layout(config: &BertConfig) -> Vec<(String, Vec<usize>, Init)> {
+/// Every parameter of the model in order.
+pub(crate) fn layout(config: &BertConfig) -> Vec<Layout> {
     let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
-    let mut all = Vec::new();
-    let mut table = |name: &str, rows: usize| {
-        all.push((
-            format!("embeddings.{name}.weight"),
-            vec![rows, hidden],
-            Init::Normal,
-        ));
-    };
-    table("word_embeddings", config.vocab_size);
-    if config.model_type == ModelType::Bert {
-        table("position_embeddings", config.max_position_embeddings);
+    let mut all = LayoutBuilder::default();
+    all.table(WORD_EMBEDDINGS, config.vocab_size, hidden);
+    if config.position_table.is_some() {
+        all.table(POSITION_EMBEDDINGS, config.max_position_embeddings, hidden);
     }
-    table("token_type_embeddings", config.type_vocab_size);
-
-    let linear = |all: &mut Vec<_>, name: &str, outputs: usize, inputs: usize| {
-        all.push((
-            format!("{name}.weight"),
-            vec![outputs, inputs],
-            Init::Normal,
-        ));
-        all.push((format!("{name}.bias"), vec![outputs], Init::Zeros));
-    };
-    let layer_norm = |all: &mut Vec<_>, name: &str| {
-        all.push((format!("{name}.weight"), vec![hidden], Init::Ones));
-        all.push((format!("{name}.bias"), vec![hidden], Init::Zeros));
-    };
-    layer_norm(&mut all, "embeddings.LayerNorm");
+    if config.type_vocab_size > 0 {
+        all.table(
+            "embeddings.token_type_embeddings.weight",
+            config.type_vocab_size,
+            hidden,
+        );
+    }
+    let norm_bias = config.bias.norm;
+    all.norm("embeddings.LayerNorm", hidden, norm_bias);
+    if let Position::RelativeBias { num_buckets, .. } = config.position {
+        all.table(RELATIVE_BIAS, num_buckets, config.num_attention_heads);
+    }
     for i in 0..config.num_hidden_layers {
         let layer = format!("encoder.layer.{i}");
-        linear(
-            &mut all,
+        let bias = config.bias;
+        all.linear(
             &format!("{layer}.attention.self.qkv"),
             3 * hidden,
             hidden,
+            bias.attention,
         );
-        linear(
-            &mut all,
+        all.linear(
             &format!("{layer}.attention.output.dense"),
             hidden,
             hidden,
+            bias.attention,
         );
-        layer_norm(&mut all, &format!("{layer}.attention.output.LayerNorm"));
-        linear(
-            &mut all,
+        if config.norm == Norm::Post || i > 0 {
+            all.norm(
+                &format!("{layer}.attention.output.LayerNorm"),
+                hidden,
+                norm_bias,
+            );
+        }
+        all.linear(
             &format!("{layer}.intermediate.dense"),
             mlp,
             hidden,
+            bias.mlp,
         );
-        linear(&mut all, &format!("{layer}.output.dense"), hidden, mlp);
-        layer_norm(&mut all, &format!("{layer}.output.LayerNorm"));
+        if config.gated_mlp {
+            all.linear(&format!("{layer}.up.dense"), mlp, hidden, bias.mlp);
+        }
+        all.linear(&format!("{layer}.output.dense"), hidden, mlp, bias.mlp);
+        all.norm(&format!("{layer}.output.LayerNorm"), hidden, norm_bias);
     }
-    linear(&mut all, "cls.predictions.transform.dense", hidden, hidden);
-    layer_norm(&mut all, "cls.predictions.transform.LayerNorm");
-    all.push((
-        "cls.predictions.bias".into(),
-        vec![config.vocab_size],
-        Init::Zeros,
-    ));
-    all
+    if config.norm == Norm::Pre {
+        all.norm("encoder.LayerNorm", hidden, norm_bias);
+    }
+    head_layout(&mut all, config);
+    all.0
+}
+
+fn head_layout(all: &mut LayoutBuilder, config: &BertConfig) {
+    let (hidden, outputs) = (config.hidden_size, config.head_outputs());
+    if let Some(transform) = config.transform() {
+        all.linear("head.dense", hidden, hidden, config.bias.head);
+        if transform.norm {
+            all.norm("head.LayerNorm", hidden, config.bias.norm);
+        }
+    }
+    let language_model = config.task == Task::LanguageModel;
+    if outputs > 0 && !(language_model && config.tie_word_embeddings) {
+        all.table("head.output.weight", outputs, hidden);
+    }
+    if outputs > 0 && (!language_model || config.bias.decoder) {
+        all.push("head.output.bias".into(), vec![outputs], Init::Zeros);
+    }
+}
+
+#[derive(Default)]
+struct LayoutBuilder(Vec<Layout>);
+
+impl LayoutBuilder {
+    fn push(&mut self, name: String, shape: Vec<usize>, init: Init) {
+        self.0.push(Layout { name, shape, init });
+    }
+
+    fn table(&mut self, name: &str, rows: usize, width: usize) {
+        self.push(name.into(), vec![rows, width], Init::Normal);
+    }
+
+    fn linear(&mut self, name: &str, outputs: usize, inputs: usize, bias: bool) {
+        self.table(&format!("{name}.weight"), outputs, inputs);
+        if bias {
+            self.push(format!("{name}.bias"), vec![outputs], Init::Zeros);
+        }
+    }
+
+    fn norm(&mut self, name: &str, width: usize, bias: bool) {
+        self.push(format!("{name}.weight"), vec![width], Init::Ones);
+        if bias {
+            self.push(format!("{name}.bias"), vec![width], Init::Zeros);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ModelType;
 
     fn config(model_type: ModelType) -> BertConfig {
         BertConfig::new(model_type, 50, 2, 16, 4, 32)
     }
 
+    fn init(model_type: ModelType, seed: u64) -> Parameters {
+        Parameters::init(&config(model_type), seed, &Device::Cpu).unwrap()
+    }
+
     fn values(parameters: &Parameters) -> HashMap<String, Vec<f32>> {
-        let read = |(name, tensor): (String, Tensor)| {
-            (name, tensor.flatten_all().unwrap().to_vec1().unwrap())
+        let read = |(name, var): &(String, Var)| {
+            (name.clone(), var.flatten_all().unwrap().to_vec1().unwrap())
         };
-        parameters
-            .state_dict()
-            .unwrap()
-            .into_iter()
-            .map(read)
-            .collect()
+        parameters.vars().iter().map(read).collect()
     }
 
     #[test]
-    fn variants_share_initial_weights_and_differ_by_the_position_table() {
-        let init =
-            |model_type, seed| Parameters::init(&config(model_type), seed, &Device::Cpu).unwrap();
+    fn variants_share_initial_weights_and_differ_by_their_positions() {
         let (bert, roformer) = (init(ModelType::Bert, 1), init(ModelType::Roformer, 1));
         let counts = |model_type| ParameterCounts::of(&config(model_type));
         let (absolute, rope) = (counts(ModelType::Bert), counts(ModelType::Roformer));
@@ -281,21 +302,29 @@ mod tests {
             .sum::<u64>();
         assert_eq!(absolute.all, elements);
 
-        let (mut bert, roformer) = (values(&bert), values(&roformer));
+        let mut bert = values(&bert);
         assert!(bert.remove(POSITION_EMBEDDINGS).is_some());
-        assert_eq!(bert, roformer);
+        assert_eq!(bert, values(&roformer));
+        assert_eq!(bert, values(&init(ModelType::Alibi, 1)));
+        let mut t5 = values(&init(ModelType::Mpnet, 1));
+        assert_eq!(t5.remove(RELATIVE_BIAS).unwrap().len(), 32 * 4);
+        assert!(
+            bert.remove("embeddings.token_type_embeddings.weight")
+                .is_some()
+        );
+        assert_eq!(bert, t5);
+        let modern = values(&init(ModelType::Modernbert, 1));
+        let qkv = "encoder.layer.1.attention.self.qkv.weight";
+        assert_eq!(bert[qkv], modern[qkv]);
 
         let other_seed = values(&init(ModelType::Roformer, 2));
-        let word = "embeddings.word_embeddings.weight";
-        assert_ne!(roformer[word], other_seed[word]);
-        let [query, key] = ["query", "key"]
-            .map(|part| &roformer[&format!("encoder.layer.0.attention.self.{part}.weight")]);
-        assert_ne!(query, key);
+        assert_ne!(bert[WORD_EMBEDDINGS], other_seed[WORD_EMBEDDINGS]);
+        assert_ne!(bert[qkv][..256], bert[qkv][256..512]);
     }
 
     #[test]
     fn initial_weights_have_the_configured_deviation() {
-        let parameters = Parameters::init(&config(ModelType::Bert), 0, &Device::Cpu).unwrap();
+        let parameters = init(ModelType::Bert, 0);
         let table = parameters
             .get("encoder.layer.1.attention.self.qkv.weight", false)
             .unwrap();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BertConfig, ModelType};
+use crate::config::{BertConfig, Dropouts, ModelType};
 use crate::data::{BatchConfig, Batches, Data, DataConfig, Objective};
 use crate::parameters::ParameterCounts;
 use crate::record::{METRICS_FILE, Run, RunHeader, read_run, write_atomic};
@@ -107,15 +107,15 @@ pub struct ModelSize {
     /// Attention heads.
     #[arg(long, default_value_t = ModelSize::default().num_attention_heads)]
     pub num_attention_heads: usize,
-    /// Width of the MLP [default: 4 times --hidden-size]
+    /// Width of the MLP [default: 4 times --hidden-size, or with a gate 8/3]
     #[arg(long)]
     pub intermediate_size: Option<usize>,
-    /// Rows of the position table [default: --seq-len]
+    /// Longest input, in tokens [default: --seq-len]
     #[arg(long)]
     pub max_position_embeddings: Option<usize>,
     /// Dropout after embeddings, attention and MLP.
     #[arg(long, default_value_t = ModelSize::default().hidden_dropout_prob)]
-    pub hidden_dropout_prob: f32,
+    pub hidden_dropout_prob: f64,
 }
 
 impl Default for ModelSize {
@@ -240,8 +240,10 @@ impl PretrainConfig {
             size.max_position_embeddings.unwrap_or(self.batch.seq_len),
         )
         .with_decoder(objective == Objective::Clm);
-        config.intermediate_size = size.intermediate_size.unwrap_or(4 * size.hidden_size);
-        config.hidden_dropout_prob = size.hidden_dropout_prob;
+        if let Some(intermediate_size) = size.intermediate_size {
+            config.intermediate_size = intermediate_size;
+        }
+        config.dropout = Dropouts::of_hidden(size.hidden_dropout_prob);
         config.validate()?;
         ensure!(
             config.max_position_embeddings >= self.batch.seq_len,

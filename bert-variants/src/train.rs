@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::checkpoint;
+use crate::checkpoint::{self, ModelCard};
 use crate::config::BertConfig;
 use crate::data::{Batch, Batches};
 use crate::memory::PeakMeter;
@@ -221,6 +221,7 @@ pub struct Trainer {
     optimizer: AdamW,
     writer: RunWriter,
     progress: Progress,
+    card: ModelCard,
     window: Window,
     clock: Stopwatch,
 }
@@ -302,6 +303,11 @@ impl Trainer {
             optimizer,
             writer,
             progress,
+            card: ModelCard {
+                data: Some(header.data.clone()),
+                seed: Some(seed),
+                ..ModelCard::default()
+            },
             window: Window::default(),
         })
     }
@@ -487,6 +493,10 @@ impl Trainer {
             perplexity: score.loss.exp(),
         };
         self.writer.write(&Record::Eval(record))?;
+        self.card.results = vec![
+            ("loss".into(), record.loss),
+            ("accuracy".into(), record.accuracy),
+        ];
         bar.suspend(|| {
             tracing::info!(
                 "step {:>6}: eval loss {:.4}, accuracy {:.4}, perplexity {:.1}",
@@ -502,6 +512,8 @@ impl Trainer {
 
     fn save(&mut self) -> Result<()> {
         self.clock.pause();
+        self.card.steps = Some(self.progress.step);
+        self.card.tokens = Some(self.progress.tokens);
         checkpoint::save_training(
             &self.checkpoint,
             &self.model_config,
@@ -509,6 +521,7 @@ impl Trainer {
             &self.tokenizer,
             &self.optimizer,
             &self.progress,
+            &self.card,
         )?;
         self.clock.start();
         Ok(())

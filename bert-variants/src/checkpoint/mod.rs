@@ -1,0 +1,161 @@
+//! Models on disk: Hugging Face directories, and the state of training beside them.
+//!
+//! A model directory holds `config.json`, `model.safetensors`, a model card and the tokenizer's
+//! files, as transformers reads and writes them.
+
+mod card;
+mod hub;
+mod pretrained;
+mod weights;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use candle_rope_attn::ops::{AdamW, AdamWState};
+
+pub use card::ModelCard;
+pub use pretrained::{Pretrained, from_pretrained, save_pretrained};
+
+use crate::config::BertConfig;
+use crate::parameters::Parameters;
+use crate::tokenizer::Tokenizer;
+use crate::train::Progress;
+use pretrained::{read_weights, write_model};
+use weights::{WeightFiles, write_safetensors};
+
+const CONFIG: &str = "config.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const TRAINER: &str = "trainer.json";
+
+/// The state of a training run: a model directory with two more files, which continues as if it
+/// had never stopped.
+pub(crate) fn save_training(
+    dir: &Path,
+    config: &BertConfig,
+    parameters: &Parameters,
+    tokenizer: &Tokenizer,
+    optimizer: &AdamW,
+    progress: &Progress,
+    card: &ModelCard,
+) -> Result<()> {
+    let mut moments = Vec::new();
+    for ((name, _), (first, second)) in parameters.vars().iter().zip(optimizer.state()?.moments) {
+        moments.push((format!("{name}.exp_avg"), first));
+        moments.push((format!("{name}.exp_avg_sq"), second));
+    }
+    write_dir(dir, |dir| {
+        write_model(dir, config, parameters, card)?;
+        tokenizer.save(dir)?;
+        write_safetensors(&dir.join(OPTIMIZER), moments)?;
+        fs::write(dir.join(TRAINER), serde_json::to_vec_pretty(progress)?)?;
+        Ok(())
+    })
+}
+
+/// Reads what [`save_training`] wrote, except the optimizer's state, which
+/// [`read_optimizer`] does once there is an optimizer for the parameters.
+pub(crate) fn read_training(
+    dir: &Path,
+    config: &BertConfig,
+    device: &Device,
+) -> Result<(Parameters, Progress)> {
+    let loaded = read_weights(config, dir, 0, device)
+        .with_context(|| format!("cannot load the weights of {}", dir.display()))?;
+    ensure!(
+        loaded.initialized.is_empty(),
+        "{} lacks {}: it is not the checkpoint of this run",
+        dir.display(),
+        loaded.initialized.join(", ")
+    );
+    let path = dir.join(TRAINER);
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let progress = serde_json::from_str(&text)
+        .with_context(|| format!("{} is damaged; restore it from a copy", path.display()))?;
+    Ok((loaded.parameters, progress))
+}
+
+/// Gives the optimizer of `parameters` the state in a checkpoint.
+pub(crate) fn read_optimizer(
+    dir: &Path,
+    parameters: &Parameters,
+    optimizer: &mut AdamW,
+    progress: &Progress,
+) -> Result<()> {
+    let path = dir.join(OPTIMIZER);
+    let mut tensors = WeightFiles::open(&path)?;
+    let mut take = |name: String| {
+        let belongs = || format!("{} belongs to another model", path.display());
+        tensors
+            .read(&name, parameters.device())
+            .with_context(belongs)
+    };
+    let mut moments = Vec::new();
+    for (name, _) in parameters.vars() {
+        moments.push((
+            take(format!("{name}.exp_avg"))?,
+            take(format!("{name}.exp_avg_sq"))?,
+        ));
+    }
+    let steps = u32::try_from(progress.step).context("too many steps")?;
+    optimizer.load_state(&AdamWState { steps, moments })?;
+    Ok(())
+}
+
+/// The checkpoint directory `dir`, if there is one; also where a killed process was about to give
+/// a new one its name.
+pub(crate) fn find_training(dir: &Path) -> Result<bool> {
+    let old = old_name(dir);
+    if !dir.exists() && old.exists() {
+        fs::rename(&old, dir).with_context(|| format!("cannot restore {}", dir.display()))?;
+    }
+    Ok(dir.exists())
+}
+
+/// The name of a directory while its successor takes its place.
+fn old_name(dir: &Path) -> PathBuf {
+    let mut old = dir.as_os_str().to_owned();
+    old.push(".old");
+    old.into()
+}
+
+/// Writes the files of a directory under a temporary name, makes sure that they are on the disk,
+/// and gives them their name. On an error nothing is left behind, and an earlier directory stays.
+pub(crate) fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    let write = || -> Result<()> {
+        fs::create_dir_all(parent)?;
+        let temporary = tempfile::Builder::new()
+            .prefix(".incomplete-")
+            .tempdir_in(parent)?;
+        fill(temporary.path())?;
+        for entry in fs::read_dir(temporary.path())? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        let temporary = temporary.keep();
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // Temporary folders are private; this one is the user's.
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(0o755))?;
+        }
+        // A directory cannot be renamed onto one that has files.
+        let old = old_name(dir);
+        if dir.exists() {
+            if old.exists() {
+                fs::remove_dir_all(&old)?;
+            }
+            fs::rename(dir, &old)?;
+        }
+        fs::rename(&temporary, dir)?;
+        if old.exists() {
+            fs::remove_dir_all(&old)?;
+        }
+        File::open(parent)?.sync_all()?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write {}", dir.display()))
+}

@@ -1,0 +1,343 @@
+//! Embeddings and transformer layers.
+
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::ops::embedding;
+use candle_rope_attn::{
+    AttentionSpec, Sequences, attention_qkvpacked, attention_qkvpacked_with_bias,
+};
+
+use super::layers::{Dropout, LayerNorm, Linear, Weights};
+use crate::config::{Activation, BertConfig, Norm, Position};
+use crate::data::Batch;
+use crate::parameters::{POSITION_EMBEDDINGS, Parameters, RELATIVE_BIAS, WORD_EMBEDDINGS};
+
+/// Token sequences end to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tokens<'a> {
+    /// Token ids `[tokens]`.
+    pub ids: &'a [u32],
+    /// Where each sequence begins, ending with `tokens`.
+    pub cu_seqlens: &'a [usize],
+    /// Segment of each token, all 0 without.
+    pub token_type_ids: Option<&'a [u32]>,
+}
+
+impl<'a> From<&'a Batch> for Tokens<'a> {
+    fn from(batch: &'a Batch) -> Self {
+        Self {
+            ids: &batch.input_ids,
+            cu_seqlens: &batch.cu_seqlens,
+            token_type_ids: None,
+        }
+    }
+}
+
+impl Tokens<'_> {
+    /// Number of sequences.
+    pub fn num_sequences(&self) -> usize {
+        self.cu_seqlens.len().saturating_sub(1)
+    }
+
+    fn check(&self, config: &BertConfig) -> Result<()> {
+        let total = self.ids.len();
+        ensure!(
+            self.cu_seqlens.first() == Some(&0) && self.cu_seqlens.last() == Some(&total),
+            "cu_seqlens must go from 0 to the number of tokens {total}, got {:?} to {:?}",
+            self.cu_seqlens.first(),
+            self.cu_seqlens.last()
+        );
+        for (i, bounds) in self.cu_seqlens.windows(2).enumerate() {
+            ensure!(
+                bounds[0] < bounds[1],
+                "sequence {i} is empty or ends before it begins: cu_seqlens {bounds:?}; leave empty sequences out"
+            );
+            let len = bounds[1] - bounds[0];
+            if let Some(max_length) = config.max_length() {
+                ensure!(
+                    len <= max_length,
+                    "got a sequence of {len} tokens, but the position table has rows for {max_length} (max_position_embeddings): cut the text, or use a longer table or RoPE"
+                );
+            }
+        }
+        check_ids("token id", self.ids, config.vocab_size, "vocab_size")?;
+        if let Some(types) = self.token_type_ids {
+            ensure!(
+                types.len() == total,
+                "got {} token_type_ids for {total} tokens",
+                types.len()
+            );
+            // A model without segments takes one segment for all.
+            let segments = config.type_vocab_size.max(1);
+            check_ids("token type", types, segments, "type_vocab_size")?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn check_ids(what: &str, ids: &[u32], rows: usize, key: &str) -> Result<()> {
+    let highest = ids.iter().copied().max().unwrap_or(0) as usize;
+    ensure!(
+        highest < rows,
+        "got {what} {highest}, but the model's {key} is {rows}: tokenizer and model do not belong together"
+    );
+    Ok(())
+}
+
+/// Embeddings and layers, without a head: the part that all tasks share.
+pub struct Encoder {
+    config: BertConfig,
+    embeddings: Embeddings,
+    layers: Vec<Layer>,
+    relative_bias: Option<Tensor>,
+    final_norm: Option<LayerNorm>,
+    dtype: DType,
+    device: Device,
+}
+
+impl Encoder {
+    /// An encoder that computes with `parameters` and sees every later change of them.
+    ///
+    /// With `trainable` the results carry gradients to the parameters; without, no intermediate
+    /// result is kept. Embeddings are summed and normalised in f32, everything after that is
+    /// computed in `dtype`, to which the f32 weights are cast where they are used.
+    ///
+    /// # Errors
+    /// When the parameters do not belong to the configuration.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        config.validate()?;
+        let weights = Weights {
+            parameters,
+            trainable,
+            config,
+        };
+        let relative = matches!(config.position, Position::RelativeBias { .. });
+        let final_norm =
+            (config.norm == Norm::Pre).then(|| weights.layer_norm("encoder.LayerNorm"));
+        Ok(Self {
+            embeddings: Embeddings::new(&weights)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| Layer::new(&weights, i))
+                .collect::<Result<_>>()?,
+            relative_bias: relative.then(|| weights.get(RELATIVE_BIAS)).transpose()?,
+            final_norm: final_norm.transpose()?,
+            config: config.clone(),
+            dtype,
+            device: parameters.device().clone(),
+        })
+    }
+
+    /// The configuration it was made with.
+    pub fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    /// Last hidden states `[tokens, hidden_size]`. `dropout_seed` turns on dropout; equal seeds
+    /// drop equal elements.
+    ///
+    /// # Errors
+    /// When a sequence is empty or longer than the position table, an id is outside of its table,
+    /// or `cu_seqlens` does not fit.
+    pub fn forward(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        tokens.check(&self.config)?;
+        let dropout = Dropout { seed: dropout_seed };
+        let sequences = Sequences::CuSeqlens(tokens.cu_seqlens.to_vec());
+        let x = self.embeddings.forward(tokens, &self.device)?;
+        let p = &self.config.dropout;
+        let mut x = dropout
+            .forward(x, p.embeddings, "embeddings", 0)?
+            .to_dtype(self.dtype)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let probs = dropout.at(p.attention_probs, "attention_probs", i);
+            let attention = Attention {
+                spec: layer.spec.clone().with_dropout(probs),
+                relative_bias: self.relative_bias.as_ref(),
+                sequences: &sequences,
+            };
+            let place = Place {
+                config: &self.config,
+                dropout,
+                layer: i,
+            };
+            x = layer.forward(&x, &attention, place)?;
+        }
+        match &self.final_norm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
+    }
+}
+
+struct Embeddings {
+    word: Tensor,
+    position: Option<(Tensor, usize)>,
+    token_type: Option<Tensor>,
+    layer_norm: LayerNorm,
+}
+
+impl Embeddings {
+    fn new(weights: &Weights) -> Result<Self> {
+        let config = weights.config;
+        let position = config
+            .position_table
+            .map(|first| -> Result<_> { Ok((weights.get(POSITION_EMBEDDINGS)?, first)) });
+        let token_type = (config.type_vocab_size > 0)
+            .then(|| weights.get("embeddings.token_type_embeddings.weight"));
+        Ok(Self {
+            word: weights.get(WORD_EMBEDDINGS)?,
+            position: position.transpose()?,
+            token_type: token_type.transpose()?,
+            layer_norm: weights.layer_norm("embeddings.LayerNorm")?,
+        })
+    }
+
+    fn forward(&self, tokens: &Tokens, device: &Device) -> Result<Tensor> {
+        let mut x = embedding(&Tensor::new(tokens.ids, device)?, &self.word)?;
+        if let Some(table) = &self.token_type {
+            x = match tokens.token_type_ids {
+                Some(types) => (x + embedding(&Tensor::new(types, device)?, table)?)?,
+                None => x.broadcast_add(&table.get(0)?)?,
+            };
+        }
+        if let Some((table, first)) = &self.position {
+            let positions = Tensor::new(position_ids(tokens.cu_seqlens, *first), device)?;
+            x = (x + embedding(&positions, table)?)?;
+        }
+        self.layer_norm.forward(&x)
+    }
+}
+
+/// `first, first + 1, …` in every sequence.
+fn position_ids(cu_seqlens: &[usize], first: usize) -> Vec<u32> {
+    let lens = cu_seqlens.windows(2).map(|bounds| bounds[1] - bounds[0]);
+    lens.flat_map(|len| first as u32..(first + len) as u32)
+        .collect()
+}
+
+/// What the attention of a layer computes in one pass.
+struct Attention<'a> {
+    spec: AttentionSpec,
+    relative_bias: Option<&'a Tensor>,
+    sequences: &'a Sequences,
+}
+
+impl Attention<'_> {
+    /// `[tokens, 3 * hidden_size]` to `[tokens, hidden_size]`.
+    fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
+        let (tokens, width) = qkv.dims2()?;
+        let (heads, head_dim) = (self.spec.num_heads, self.spec.head_dim);
+        let qkv = qkv.reshape((tokens, 3, heads, head_dim))?;
+        let context = match self.relative_bias {
+            Some(bias) => attention_qkvpacked_with_bias(&qkv, bias, &self.spec, self.sequences)?,
+            None => attention_qkvpacked(&qkv, &self.spec, self.sequences)?,
+        };
+        Ok(context.reshape((tokens, width / 3))?)
+    }
+}
+
+/// Where in the model dropout happens.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    config: &'a BertConfig,
+    dropout: Dropout,
+    layer: usize,
+}
+
+/// One transformer layer.
+struct Layer {
+    spec: AttentionSpec,
+    norm: Norm,
+    qkv: Linear,
+    attention_output: Linear,
+    /// None in the first layer of a model that normalises before attention.
+    attention_norm: Option<LayerNorm>,
+    mlp: Mlp,
+    mlp_norm: LayerNorm,
+}
+
+impl Layer {
+    fn new(weights: &Weights, index: usize) -> Result<Self> {
+        let config = weights.config;
+        let name = format!("encoder.layer.{index}");
+        let attention =
+            |part: &str| weights.linear(&format!("{name}.attention.{part}"), config.bias.attention);
+        let attention_norm = (config.norm == Norm::Post || index > 0)
+            .then(|| weights.layer_norm(&format!("{name}.attention.output.LayerNorm")));
+        Ok(Self {
+            spec: config.attention_spec(index)?,
+            norm: config.norm,
+            qkv: attention("self.qkv")?,
+            attention_output: attention("output.dense")?,
+            attention_norm: attention_norm.transpose()?,
+            mlp: Mlp::new(weights, &name)?,
+            mlp_norm: weights.layer_norm(&format!("{name}.output.LayerNorm"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, attention: &Attention, place: Place) -> Result<Tensor> {
+        let norm = |norm: &Option<LayerNorm>, x: &Tensor| match norm {
+            Some(norm) => norm.forward(x),
+            None => Ok(x.clone()),
+        };
+        match self.norm {
+            Norm::Post => {
+                let x = (self.attend(x, attention, place)? + x)?;
+                let x = norm(&self.attention_norm, &x)?;
+                let x = (self.mlp.forward(&x, place)? + &x)?;
+                self.mlp_norm.forward(&x)
+            }
+            Norm::Pre => {
+                let normed = norm(&self.attention_norm, x)?;
+                let x = (self.attend(&normed, attention, place)? + x)?;
+                let normed = self.mlp_norm.forward(&x)?;
+                Ok((self.mlp.forward(&normed, place)? + x)?)
+            }
+        }
+    }
+
+    fn attend(&self, x: &Tensor, attention: &Attention, place: Place) -> Result<Tensor> {
+        let context = attention.forward(&self.qkv.forward(x)?)?;
+        let x = self.attention_output.forward(&context)?;
+        let p = place.config.dropout.attention_output;
+        place.dropout.forward(x, p, "attention", place.layer)
+    }
+}
+
+/// Two linear layers, or three with a gate.
+struct Mlp {
+    activation: Activation,
+    intermediate: Linear,
+    up: Option<Linear>,
+    output: Linear,
+}
+
+impl Mlp {
+    fn new(weights: &Weights, layer: &str) -> Result<Self> {
+        let config = weights.config;
+        let linear = |part: &str| weights.linear(&format!("{layer}.{part}.dense"), config.bias.mlp);
+        Ok(Self {
+            activation: config.hidden_act,
+            intermediate: linear("intermediate")?,
+            up: config.gated_mlp.then(|| linear("up")).transpose()?,
+            output: linear("output")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, place: Place) -> Result<Tensor> {
+        let p = &place.config.dropout;
+        let mut hidden = self.activation.forward(&self.intermediate.forward(x)?)?;
+        if let Some(up) = &self.up {
+            hidden = (hidden * up.forward(x)?)?;
+        }
+        let hidden = place
+            .dropout
+            .forward(hidden, p.mlp_hidden, "mlp_hidden", place.layer)?;
+        let x = self.output.forward(&hidden)?;
+        place.dropout.forward(x, p.mlp_output, "mlp", place.layer)
+    }
+}

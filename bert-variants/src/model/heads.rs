@@ -1,0 +1,514 @@
+//! Models of one task each: an [`Encoder`] with a head.
+
+use anyhow::{Result, ensure};
+use candle_core::{D, DType, Tensor};
+use candle_rope_attn::ops::{cross_entropy, gather_rows};
+
+use super::encoder::{Encoder, Tokens, check_ids};
+use super::layers::{Dropout, LayerNorm, Linear, Weights, column, f32};
+use crate::config::{Activation, BertConfig, Pooling, ProblemType, Task};
+use crate::data::Batch;
+use crate::parameters::{Parameters, WORD_EMBEDDINGS};
+
+/// `output(norm(act(dense(x))))`, of which only `output` is in every head.
+struct Head {
+    transform: Option<Transform>,
+    output: Linear,
+    dropout: f64,
+}
+
+/// The part of a head before its last layer; BERT's pooler is one too.
+struct Transform {
+    dense: Linear,
+    activation: Activation,
+    layer_norm: Option<LayerNorm>,
+    dropout_before: bool,
+}
+
+impl Transform {
+    fn new(weights: &Weights) -> Result<Option<Self>> {
+        let Some(transform) = weights.config.transform() else {
+            return Ok(None);
+        };
+        let layer_norm = transform.norm.then(|| weights.layer_norm("head.LayerNorm"));
+        Ok(Some(Self {
+            dense: weights.linear("head.dense", weights.config.bias.head)?,
+            activation: transform.activation,
+            layer_norm: layer_norm.transpose()?,
+            dropout_before: transform.dropout_before,
+        }))
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.activation.forward(&self.dense.forward(x)?)?;
+        match &self.layer_norm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
+    }
+}
+
+impl Head {
+    fn new(weights: &Weights) -> Result<Self> {
+        let config = weights.config;
+        let language_model = config.task == Task::LanguageModel;
+        let output = if language_model && config.tie_word_embeddings {
+            let bias = config.bias.decoder.then(|| weights.get("head.output.bias"));
+            Linear {
+                weight: weights.get(WORD_EMBEDDINGS)?,
+                bias: bias.transpose()?,
+            }
+        } else {
+            weights.linear("head.output", !language_model || config.bias.decoder)?
+        };
+        Ok(Self {
+            transform: Transform::new(weights)?,
+            output,
+            dropout: config.head_dropout(),
+        })
+    }
+
+    fn forward(&self, x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+        let mut x = x.clone();
+        if let Some(transform) = &self.transform {
+            if transform.dropout_before {
+                x = dropout.forward(x, self.dropout, "head_input", 0)?;
+            }
+            x = transform.forward(&x)?;
+        }
+        self.output
+            .forward(&dropout.forward(x, self.dropout, "head", 0)?)
+    }
+}
+
+/// Encoder and head from the same parameters.
+fn build(
+    task: Task,
+    config: &BertConfig,
+    parameters: &Parameters,
+    trainable: bool,
+    dtype: DType,
+) -> Result<(Encoder, Head)> {
+    ensure!(
+        config.task == task,
+        "the configuration is for {:?}, expected {task:?}; set it with with_task",
+        config.task
+    );
+    let encoder = Encoder::new(config, parameters, trainable, dtype)?;
+    let head = Head::new(&Weights {
+        parameters,
+        trainable,
+        config,
+    })?;
+    Ok((encoder, head))
+}
+
+/// How well a model predicts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Mean cross-entropy in nats over the labels.
+    pub loss: f64,
+    /// Share of labels that get the highest score, 0 to 1.
+    pub accuracy: f64,
+    /// Tokens read.
+    pub tokens: u64,
+}
+
+/// Predicts tokens: `BertForMaskedLM` and its kin, and with `is_decoder` their causal forms.
+pub struct LanguageModel {
+    encoder: Encoder,
+    head: Head,
+}
+
+impl LanguageModel {
+    /// See [`Encoder::new`].
+    ///
+    /// # Errors
+    /// When the configuration is for another task, or the parameters do not belong to it.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        let (encoder, head) = build(Task::LanguageModel, config, parameters, trainable, dtype)?;
+        Ok(Self { encoder, head })
+    }
+
+    /// The encoder below the head.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Scores over the vocabulary `[positions, vocab_size]` at the given tokens.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`], and when a position is out of range.
+    pub fn logits(
+        &self,
+        tokens: &Tokens,
+        positions: &[u32],
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
+        self.head.forward(&rows, Dropout { seed: dropout_seed })
+    }
+
+    /// Mean cross-entropy in nats over the labels of a batch, a scalar.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::logits`], and when the batch has no labels.
+    pub fn loss(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let (logits, labels) = self.predict(batch, dropout_seed)?;
+        Ok(cross_entropy(&logits, &labels)?)
+    }
+
+    /// Loss and accuracy over all labels of `batches`, without dropout.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::loss`].
+    pub fn evaluate(&self, batches: &[Batch]) -> Result<Score> {
+        let (mut loss, mut right) = (0.0, 0.0);
+        let (mut tokens, mut labels) = (0, 0);
+        for batch in batches {
+            let (logits, expected) = self.predict(batch, None)?;
+            let count = batch.labels.len();
+            let mean: f32 = cross_entropy(&logits, &expected)?.to_scalar()?;
+            loss += f64::from(mean) * count as f64;
+            let hits = logits
+                .argmax(D::Minus1)?
+                .eq(&expected)?
+                .to_dtype(DType::F32)?;
+            right += f64::from(hits.sum_all()?.to_scalar::<f32>()?);
+            labels += count;
+            tokens += batch.input_ids.len() as u64;
+        }
+        ensure!(
+            labels > 0,
+            "there is nothing to evaluate: the batches have no labels"
+        );
+        Ok(Score {
+            loss: loss / labels as f64,
+            accuracy: right / labels as f64,
+            tokens,
+        })
+    }
+
+    /// Logits and labels at the label positions of a batch.
+    fn predict(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<(Tensor, Tensor)> {
+        ensure!(
+            !batch.labels.is_empty(),
+            "the batch has no labels: no token was masked; raise the mask rate or the batch size"
+        );
+        check_ids(
+            "label",
+            &batch.labels,
+            self.encoder.config().vocab_size,
+            "vocab_size",
+        )?;
+        let logits = self.logits(&batch.into(), &batch.label_positions, dropout_seed)?;
+        let labels = column(&batch.labels, &logits)?;
+        Ok((logits, labels))
+    }
+}
+
+/// What a classifier learns, one entry a row of its scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Targets<'a> {
+    /// A class each.
+    Classes(&'a [u32]),
+    /// A number for each label, row after row: for regression any, for several labels at once 0
+    /// or 1.
+    Values(&'a [f32]),
+}
+
+/// The loss that transformers takes for `problem_type`: cross-entropy, mean squared error or
+/// binary cross-entropy, means.
+fn classification_loss(
+    logits: &Tensor,
+    targets: Targets,
+    problem_type: ProblemType,
+) -> Result<Tensor> {
+    let (rows, labels) = logits.dims2()?;
+    match (problem_type, targets) {
+        (ProblemType::SingleLabelClassification, Targets::Classes(classes)) => {
+            check_ids("class", classes, labels, "number of labels")?;
+            Ok(cross_entropy(logits, &column(classes, logits)?)?)
+        }
+        (_, Targets::Values(values)) if problem_type != ProblemType::SingleLabelClassification => {
+            ensure!(
+                values.len() == rows * labels,
+                "got {} target values for {rows} rows of {labels}",
+                values.len()
+            );
+            let logits = f32(logits)?;
+            let targets = Tensor::from_slice(values, (rows, labels), logits.device())?;
+            if problem_type == ProblemType::Regression {
+                return Ok((logits - targets)?.sqr()?.mean_all()?);
+            }
+            // max(x, 0) - x t + ln(1 + exp(-|x|))
+            let softplus = (logits.abs()?.neg()?.exp()? + 1.0)?.log()?;
+            let linear = (logits.relu()? - (&logits * targets)?)?;
+            Ok((linear + softplus)?.mean_all()?)
+        }
+        (_, targets) => anyhow::bail!("{problem_type:?} does not learn from {targets:?}"),
+    }
+}
+
+/// Labels sequences: `BertForSequenceClassification` and its kin.
+pub struct SequenceClassifier {
+    encoder: Encoder,
+    head: Head,
+}
+
+impl SequenceClassifier {
+    /// See [`Encoder::new`].
+    ///
+    /// # Errors
+    /// When the configuration is for another task, or the parameters do not belong to it.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        let task = Task::SequenceClassification;
+        let (encoder, head) = build(task, config, parameters, trainable, dtype)?;
+        Ok(Self { encoder, head })
+    }
+
+    /// The encoder below the head.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Scores `[sequences, labels]`.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let pooled = match self.encoder.config().classifier_pooling {
+            Pooling::Cls => first_of_sequence(&hidden, tokens)?,
+            Pooling::Mean => mean_of_sequence(&hidden, tokens)?,
+        };
+        self.head.forward(&pooled, Dropout { seed: dropout_seed })
+    }
+
+    /// The loss that transformers takes for the configuration's `problem_type`, a scalar.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`], and when `targets` do not fit.
+    pub fn loss(
+        &self,
+        tokens: &Tokens,
+        targets: Targets,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let logits = self.logits(tokens, dropout_seed)?;
+        classification_loss(&logits, targets, self.encoder.config().problem_type())
+    }
+}
+
+/// Labels every token: `BertForTokenClassification` and its kin.
+pub struct TokenClassifier {
+    encoder: Encoder,
+    head: Head,
+}
+
+impl TokenClassifier {
+    /// See [`Encoder::new`].
+    ///
+    /// # Errors
+    /// When the configuration is for another task, or the parameters do not belong to it.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        let task = Task::TokenClassification;
+        let (encoder, head) = build(task, config, parameters, trainable, dtype)?;
+        Ok(Self { encoder, head })
+    }
+
+    /// The encoder below the head.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Scores `[tokens, labels]`.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        self.head.forward(&hidden, Dropout { seed: dropout_seed })
+    }
+
+    /// Mean cross-entropy over the tokens at `positions`, whose classes are `classes`; a scalar.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`], and when positions or classes do not fit.
+    pub fn loss(
+        &self,
+        tokens: &Tokens,
+        positions: &[u32],
+        classes: &[u32],
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let logits = self.logits(tokens, dropout_seed)?;
+        let logits = gather_rows(&logits, &column(positions, &logits)?)?;
+        let problem_type = ProblemType::SingleLabelClassification;
+        classification_loss(&logits, Targets::Classes(classes), problem_type)
+    }
+}
+
+/// Finds answers in texts: `BertForQuestionAnswering` and its kin.
+pub struct QuestionAnswerer {
+    encoder: Encoder,
+    head: Head,
+}
+
+impl QuestionAnswerer {
+    /// See [`Encoder::new`].
+    ///
+    /// # Errors
+    /// When the configuration is for another task, or the parameters do not belong to it.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        let task = Task::QuestionAnswering;
+        let (encoder, head) = build(task, config, parameters, trainable, dtype)?;
+        Ok(Self { encoder, head })
+    }
+
+    /// The encoder below the head.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Scores `[tokens, 2]` of each token for being the first of the answer, and the last.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        self.head.forward(&hidden, Dropout { seed: dropout_seed })
+    }
+
+    /// Mean cross-entropy of the first and last tokens of the answers, `[start, end]` for each
+    /// sequence, counted from its own first token; a scalar.
+    ///
+    /// transformers lets padding compete with a sequence's tokens; here there is none.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`], and when answers do not fit.
+    pub fn loss(
+        &self,
+        tokens: &Tokens,
+        answers: &[[u32; 2]],
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        ensure!(
+            answers.len() == tokens.num_sequences(),
+            "got {} answers for {} sequences",
+            answers.len(),
+            tokens.num_sequences()
+        );
+        let logits = self.logits(tokens, dropout_seed)?;
+        let mut losses = Vec::with_capacity(answers.len());
+        for (bounds, answer) in tokens.cu_seqlens.windows(2).zip(answers) {
+            let len = bounds[1] - bounds[0];
+            check_ids("token of an answer", answer, len, "sequence length")?;
+            let scores = logits.narrow(0, bounds[0], len)?.t()?.contiguous()?;
+            losses.push(cross_entropy(&scores, &column(answer, &scores)?)?);
+        }
+        Ok(Tensor::stack(&losses, 0)?.mean(0)?)
+    }
+}
+
+/// Maps a sequence to one vector: `BertModel` and its kin, with mean pooling as in
+/// sentence-transformers (Reimers and Gurevych 2019, <https://arxiv.org/abs/1908.10084>).
+pub struct SentenceEncoder {
+    encoder: Encoder,
+    pooler: Option<Transform>,
+}
+
+impl SentenceEncoder {
+    /// See [`Encoder::new`].
+    ///
+    /// # Errors
+    /// When the configuration is for another task, or the parameters do not belong to it.
+    pub fn new(
+        config: &BertConfig,
+        parameters: &Parameters,
+        trainable: bool,
+        dtype: DType,
+    ) -> Result<Self> {
+        ensure!(
+            config.task == Task::Base,
+            "the configuration is for {:?}, expected {:?}; set it with with_task",
+            config.task,
+            Task::Base
+        );
+        let weights = Weights {
+            parameters,
+            trainable,
+            config,
+        };
+        Ok(Self {
+            encoder: Encoder::new(config, parameters, trainable, dtype)?,
+            pooler: Transform::new(&weights)?,
+        })
+    }
+
+    /// The encoder below.
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Means of the last hidden states `[sequences, hidden_size]`.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    pub fn mean(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        mean_of_sequence(&self.encoder.forward(tokens, dropout_seed)?, tokens)
+    }
+
+    /// What transformers calls `pooler_output` `[sequences, hidden_size]`: a layer on top of the
+    /// first token, in models that have one.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`], and when the model has no pooler.
+    pub fn pooled(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let Some(pooler) = &self.pooler else {
+            anyhow::bail!("{} has no pooler", self.encoder.config().model_type.name());
+        };
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        pooler.forward(&first_of_sequence(&hidden, tokens)?)
+    }
+}
+
+/// Rows of the first tokens `[sequences, hidden_size]`.
+fn first_of_sequence(hidden: &Tensor, tokens: &Tokens) -> Result<Tensor> {
+    let starts = &tokens.cu_seqlens[..tokens.num_sequences()];
+    let starts: Vec<u32> = starts.iter().map(|&start| start as u32).collect();
+    Ok(gather_rows(hidden, &column(&starts, hidden)?)?)
+}
+
+/// Means over each sequence `[sequences, hidden_size]`, as one matrix product.
+fn mean_of_sequence(hidden: &Tensor, tokens: &Tokens) -> Result<Tensor> {
+    let (total, sequences) = (tokens.ids.len(), tokens.num_sequences());
+    let mut shares = vec![0f32; sequences * total];
+    for (i, bounds) in tokens.cu_seqlens.windows(2).enumerate() {
+        let row = &mut shares[i * total..][bounds[0]..bounds[1]];
+        row.fill(1.0 / row.len() as f32);
+    }
+    let shares = Tensor::from_vec(shares, (sequences, total), hidden.device())?;
+    Ok(shares.matmul(&f32(hidden)?)?)
+}

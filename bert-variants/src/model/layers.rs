@@ -1,0 +1,118 @@
+//! The layers that encoder and heads are made of.
+
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+use candle_rope_attn::ops;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::config::{Activation, BertConfig};
+use crate::parameters::Parameters;
+
+/// Where a model takes its weights from.
+pub(super) struct Weights<'a> {
+    pub parameters: &'a Parameters,
+    pub trainable: bool,
+    pub config: &'a BertConfig,
+}
+
+impl Weights<'_> {
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        self.parameters.get(name, self.trainable)
+    }
+
+    pub fn linear(&self, name: &str, bias: bool) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.get(&format!("{name}.weight"))?,
+            bias: bias
+                .then(|| self.get(&format!("{name}.bias")))
+                .transpose()?,
+        })
+    }
+
+    pub fn layer_norm(&self, name: &str) -> Result<LayerNorm> {
+        let weight = self.get(&format!("{name}.weight"))?;
+        Ok(LayerNorm {
+            bias: match self.config.bias.norm {
+                true => self.get(&format!("{name}.bias"))?,
+                false => weight.zeros_like()?,
+            },
+            weight,
+            eps: self.config.layer_norm_eps,
+        })
+    }
+}
+
+pub(super) struct Linear {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let weight = self.weight.to_dtype(x.dtype())?;
+        let bias = self
+            .bias
+            .as_ref()
+            .map(|bias| bias.to_dtype(x.dtype()))
+            .transpose()?;
+        Ok(ops::linear(x, &weight, bias.as_ref())?)
+    }
+}
+
+pub(super) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::layer_norm(x, &self.weight, &self.bias, self.eps)?)
+    }
+}
+
+impl Activation {
+    pub(super) fn forward(self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Gelu => ops::gelu(x)?,
+            Self::GeluTanh => x.gelu()?,
+            Self::Relu => x.relu()?,
+            Self::Silu => x.silu()?,
+            Self::Tanh => x.tanh()?,
+        })
+    }
+}
+
+/// The dropout of one pass, if it has any; every place in the model has a seed of its own.
+#[derive(Clone, Copy)]
+pub(super) struct Dropout {
+    pub seed: Option<u64>,
+}
+
+impl Dropout {
+    pub fn forward(self, x: Tensor, p: f64, place: &str, layer: usize) -> Result<Tensor> {
+        match self.at(p, place, layer) {
+            Some(dropout) => Ok(ops::dropout(&x, dropout.p, dropout.seed)?),
+            None => Ok(x),
+        }
+    }
+
+    /// Probability and seed of a place, `None` where nothing is dropped.
+    pub fn at(self, p: f64, place: &str, layer: usize) -> Option<candle_rope_attn::Dropout> {
+        let seed = self.seed.filter(|_| p > 0.0)?;
+        Some(candle_rope_attn::Dropout {
+            p: p as f32,
+            seed: xxh3_64_with_seed(place.as_bytes(), seed).wrapping_add(layer as u64),
+        })
+    }
+}
+
+/// A column of numbers `[n]` on the device of the model.
+pub(super) fn column(values: &[u32], like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::new(values, like.device())?)
+}
+
+/// `x` in f32, for losses.
+pub(super) fn f32(x: &Tensor) -> Result<Tensor> {
+    Ok(x.to_dtype(DType::F32)?)
+}

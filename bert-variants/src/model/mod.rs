@@ -1,0 +1,14 @@
+//! The models: one encoder for every variant, and the heads on top of it.
+//!
+//! There is no padding: the sequences of a batch lie end to end in `[tokens, hidden_size]`, and
+//! `cu_seqlens` says where each begins.
+
+mod encoder;
+mod heads;
+mod layers;
+
+pub use encoder::{Encoder, Tokens};
+pub use heads::{
+    LanguageModel, QuestionAnswerer, Score, SentenceEncoder, SequenceClassifier, Targets,
+    TokenClassifier,
+};
