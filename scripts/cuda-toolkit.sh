@@ -4,7 +4,7 @@
 #
 #   source target/cuda/env.sh
 #
-# lets scripts/build_kernels.sh and cargo find it. A machine with a CUDA toolkit needs none of this.
+# lets cargo find it. A machine with a CUDA toolkit needs none of this.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$root/target/cuda
@@ -33,19 +33,25 @@ for lib in lib/lib*.so.*; do
 done
 
 # libcuda.so comes with a driver. A stub with the names that cuda.h and cudarc know satisfies the
-# linker; the real one is loaded at run time.
+# linker, and lets programs start on a machine without a driver: every function of it returns
+# CUDA_ERROR_STUB_LIBRARY.
+mkdir -p lib/stubs
 sources=(include/cuda.h)
 for file in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-*/src/driver/sys/mod.rs; do
   if [ -f "$file" ]; then sources+=("$file"); fi
 done
-grep -ohE '\bcu[A-Z][A-Za-z0-9_]*' "${sources[@]}" | sort -u | sed 's/.*/void &(void) {}/' > "$out/libcuda.c"
-gcc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o lib/libcuda.so "$out/libcuda.c"
+grep -ohE '\bcu[A-Z][A-Za-z0-9_]*' "${sources[@]}" | sort -u | sed 's/.*/int &(void) { return 34; }/' > "$out/libcuda.c"
+gcc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o lib/stubs/libcuda.so "$out/libcuda.c"
+ln -sf libcuda.so lib/stubs/libcuda.so.1
+libraries=$home/lib
+if ! ldconfig -p | grep -q 'libcuda\.so\.1'; then
+  libraries=$libraries:$home/lib/stubs
+fi
 
 cat > "$out/env.sh" <<END
 export CUDA_HOME="$home" CUDA_PATH="$home"
 export PATH="$home/bin:\$PATH"
-export LIBRARY_PATH="$home/lib\${LIBRARY_PATH:+:\$LIBRARY_PATH}"
-export RUSTFLAGS="-L native=$home/lib"
+export LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 export CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000
 END
 "$home/bin/nvcc" --version | grep release
