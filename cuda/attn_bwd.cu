@@ -1,16 +1,22 @@
-// Attention, backward: dq, dk, dv from q, k, v, o, lse and d_o. Deterministic: no atomics.
+// Attention, backward: dq, dk, dv and d_bias from q, k, v, o, lse and d_o. Deterministic: no atomics.
 //
-//   stats = (lse, delta = dot(d_o, o)) of each query; if RoPE: workspace <- rotated q and k
+//   stats = (lse, delta = keep * dot(d_o, o)) of each query; if RoPE: workspace <- rotated q and k
 //   for each block of keys of each head (one thread block):                    dkv_kernel
 //     for each tile of queries that see some key of the block:
 //       start loading the next q, d_o, stats
-//       p^T = exp(k q^T - lse), 0 where masked;  dv += p^T d_o
-//       ds^T = p^T * (v d_o^T - delta);          dk += ds^T q
-//     dk *= scale; if RoPE, rotate dk back in f32
+//       p^T = exp(scale k q^T + bias - lse), 0 where masked
+//       dv += p^T d_o, without the dropped p
+//       ds^T = p^T * (v d_o^T - delta), or p^T * -delta where dropped;  dk += ds^T q
+//     dv /= keep; dk *= scale / keep; if RoPE, rotate dk back in f32
 //   for each block of queries of each head (one thread block):                 dq_kernel
 //     for each tile of keys that some query of the block sees:
-//       p = exp(q k^T - lse), 0 where masked; ds = p * (d_o v^T - delta); dq += ds k
-//     dq *= scale; if RoPE, rotate dq back in f32
+//       p = exp(scale q k^T + bias - lse), 0 where masked
+//       ds = p * (d_o v^T - delta), or p * -delta where dropped;  dq += ds k
+//       if d_bias: sum ds over the distances of each bucket
+//     dq *= scale / keep; if RoPE, rotate dq back in f32
+//   if d_bias: d_bias = sum of the blocks' buckets / keep                      d_bias_kernel
+//
+// keep = 1 - dropout_p. The true score gradient is ds / keep.
 //
 // (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2, with dq in a pass of
 // its own: 7 products instead of 5, but every accumulator stays in registers.)
@@ -32,7 +38,8 @@
 //      1.04.
 //   7. A minimum of 1 block per multiprocessor in __launch_bounds__: without it the compiler
 //      spills in dq at head_dim 64, 1.11 and 1.10.
-#include "launch.cuh"
+#include "bias.cuh"
+#include "dropout.cuh"
 
 namespace attn {
 
@@ -71,14 +78,21 @@ struct DqConfig<4, D> {
 // What the backward needs of one query besides its rows.
 struct RowStats {
   float lse_log2;  // log2 sum_k exp(score); +inf where every key is masked, so that exp2 gives 0
-  float delta;     // dot(d_o, o) = sum_k p * dp
+  float delta;     // (1 - dropout_p) * dot(d_o, o) = sum_k (p without the dropped) * dp
 };
 
-// Shared by the kernels: q and k in p are rotated already, stats has lse's shape.
+// Shared by the kernels: q and k in p are rotated already.
 struct BwdParams : KernelParams {
-  RowStats* stats;
-  explicit BwdParams(const AttnParams& p) : KernelParams(p), stats() {}
+  RowStats* stats;        // of lse's shape
+  float* block_buckets;   // [blocks of dq_kernel, num_buckets]: d_bias before the sum over blocks
+  explicit BwdParams(const AttnParams& p) : KernelParams(p), stats(), block_buckets() {}
 };
+
+template <int MT, int NT>
+__device__ __forceinline__ void copy(float (&to)[MT][NT][4], const float (&from)[MT][NT][4]) {
+#pragma unroll
+  for (int i = 0; i < MT * NT * 4; ++i) (&to[0][0][0])[i] = (&from[0][0][0])[i];
+}
 
 // x *= y, element by element.
 template <int MT, int NT>
@@ -105,7 +119,8 @@ struct DkvShape : DkvConfig<sizeof(T), D> {
   static_assert(C::kWarps * kStageFloats<D> * 4 <= kSmem, "the store stages in the same memory");
 };
 
-template <class T, int D, bool kDv, bool kDk>
+// Without kBiasDropout, there is neither.
+template <class T, int D, bool kDv, bool kDk, bool kBiasDropout>
 __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
     dkv_kernel(const __grid_constant__ BwdParams p) {
   using S = DkvShape<T, D>;
@@ -151,8 +166,9 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
   load_queries(q_begin, 0);
   cp_async_wait();
   __syncthreads();
-  const RowOperand<T, D, MT, S::kKeep> k(k_tile, warp_id() * 16 * MT);
-  const RowOperand<T, D, MT, S::kKeep && kDk> v(v_tile, warp_id() * 16 * MT);
+  constexpr bool kKeep = S::kKeep && !kBiasDropout;  // else registers run out
+  const RowOperand<T, D, MT, kKeep> k(k_tile, warp_id() * 16 * MT);
+  const RowOperand<T, D, MT, kKeep && kDk> v(v_tile, warp_id() * 16 * MT);
 
   const int g = lane_id() / 4, t = lane_id() % 4;
   const bool whole = all_keys(seq, k0, kN);
@@ -163,7 +179,11 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
     key_valid[i / 2][i % 2] =
         key < seq.key_end && (seq.key_mask == nullptr || seq.key_mask[key] != 0);
   }
-  const float scale_log2 = p.softmax_scale * kLog2e;
+  const ScoreBias bias(p, index.head);
+  const Dropout dropout(p, index);
+  // Scores with a bias are scaled already.
+  const float scale_log2 = kBiasDropout ? 1.0f : p.softmax_scale * kLog2e;
+  const float dropout_scale = kBiasDropout ? p.dropout_scale : 1.0f;
   float dv[MT][D / 8][4] = {}, dk[MT][D / 8][4] = {};
   int stage = 0;
   for (int q0 = q_begin; q0 < q_end; q0 += kM) {
@@ -174,6 +194,9 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
       // operands of the products that sum over queries.
       float s[MT][NT][4] = {};
       gemm_abt<T, D>(s, k, q_tile + stage * S::kTile, sub);
+      if constexpr (kBiasDropout) {
+        bias.apply<true>(s, p.softmax_scale * kLog2e, warp_k0, q0 + sub);
+      }
       const RowStats* stats = stats_tile + stage * kM + sub;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
@@ -201,10 +224,14 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
           }
         }
       }
+      const KeepMask<kBiasDropout, true, MT, NT> keep(dropout, warp_k0, q0 + sub);
       if constexpr (kDv) {
+        float kept[MT][NT][4];
+        copy(kept, s);
+        keep.zero_dropped(kept);
         Fragment<T> probs[MT][S::kSub / Fragment<T>::kK];
 #pragma unroll
-        for (int m = 0; m < MT; ++m) to_a<T>(probs[m], s[m]);
+        for (int m = 0; m < MT; ++m) to_a<T>(probs[m], kept[m]);
         gemm_ab<T, D, MT, NT>(dv, probs, do_tile + stage * S::kTile, sub);
       }
       if constexpr (kDk) {
@@ -220,6 +247,8 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
           }
         }
         gemm_abt<T, D>(ds, v, do_tile + stage * S::kTile, sub);
+        keep.replace_dropped(
+            ds, [&](int, int n, int i) { return -stats[8 * n + 2 * t + i % 2].delta; });
         multiply(ds, s);
         Fragment<T> ds_a[MT][S::kSub / Fragment<T>::kK];
 #pragma unroll
@@ -238,11 +267,13 @@ __global__ void __launch_bounds__(DkvShape<T, D>::kThreads, 1)
   float* staging = reinterpret_cast<float*>(smem) + warp_id() * kStageFloats<D>;
   if constexpr (kDv) {
     store_rows<T, D, MT>(dv, staging, head_ptr<T>(p.dv, index.batch, index.head, seq.first_row),
-                         p.dv.row_stride, warp_k0, seq.len, p.head_dim, 1.0f, Rope::none(), p.vec);
+                         p.dv.row_stride, warp_k0, seq.len, p.head_dim, dropout_scale,
+                         Rope::none(), p.vec);
   }
   if constexpr (kDk) {
     store_rows<T, D, MT>(dk, staging, head_ptr<T>(p.dk, index.batch, index.head, seq.first_row),
-                         p.dk.row_stride, warp_k0, seq.len, p.head_dim, p.softmax_scale, Rope(p),
+                         p.dk.row_stride, warp_k0, seq.len, p.head_dim,
+                         p.softmax_scale * dropout_scale, Rope(p),
                          p.rope_cos != nullptr ? p.rope_vec : p.vec);
   }
 }
@@ -258,7 +289,8 @@ struct DqShape : DqConfig<sizeof(T), D> {
   static_assert(C::kWarps * kStageFloats<D> * 4 <= kSmem, "the store stages in the same memory");
 };
 
-template <class T, int D>
+// Without kBiasDropout, there is neither.
+template <class T, int D, bool kBiasDropout>
 __global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
     dq_kernel(const __grid_constant__ BwdParams p) {
   using S = DqShape<T, D>;
@@ -308,7 +340,14 @@ __global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
   const RowOperand<T, D, MT, S::kKeep> q(q_tile, warp_id() * 16 * MT);
   const RowOperand<T, D, MT, S::kKeep> d_o(do_tile, warp_id() * 16 * MT);
 
-  const float scale_log2 = p.softmax_scale * kLog2e;
+  const ScoreBias bias(p, index.head);
+  const Dropout dropout(p, index);
+  const bool has_d_bias = kBiasDropout && p.d_bias != nullptr;
+  BiasGrad<MT, NT> bias_grad(p, reinterpret_cast<float*>(smem + S::kSmem), warp_q0);
+  if (has_d_bias) bias_grad.start(p);
+  // Scores with a bias are scaled already.
+  const float scale_log2 = kBiasDropout ? 1.0f : p.softmax_scale * kLog2e;
+  const float dropout_scale = kBiasDropout ? p.dropout_scale : 1.0f;
   float dq[MT][D / 8][4] = {};
   int stage = 0;
   for (int k0 = k_begin; k0 < k_end; k0 += kN) {
@@ -317,6 +356,9 @@ __global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
     for (int sub = 0; sub < kN; sub += S::kSub) {
       float s[MT][NT][4] = {};
       gemm_abt<T, D>(s, q, k_tile + stage * S::kTile, sub);
+      if constexpr (kBiasDropout) {
+        bias.apply<false>(s, p.softmax_scale * kLog2e, warp_q0, k0 + sub);
+      }
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -342,7 +384,10 @@ __global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
         }
       }
       gemm_abt<T, D>(ds, d_o, v_tile + stage * S::kTile, sub);
+      KeepMask<kBiasDropout, false, MT, NT>(dropout, warp_q0, k0 + sub)
+          .replace_dropped(ds, [&](int m, int, int i) { return -stats[m][i / 2].delta; });
       multiply(ds, s);
+      if (has_d_bias) bias_grad.add(ds, k0 + sub);
       Fragment<T> ds_a[MT][S::kSub / Fragment<T>::kK];
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_a<T>(ds_a[m], ds[m]);
@@ -354,11 +399,28 @@ __global__ void __launch_bounds__(DqShape<T, D>::kThreads, 1)
     stage ^= 1;
   }
   // Also when there was no tile: every warp is done with the shared memory that is staged in now.
+  if (has_d_bias) bias_grad.finish();
   __syncthreads();
+  if (has_d_bias) {
+    bias_grad.store(p, p.block_buckets + static_cast<int64_t>(blockIdx.x) * p.num_buckets);
+  }
   store_rows<T, D, MT>(dq, reinterpret_cast<float*>(smem) + warp_id() * kStageFloats<D>,
                        head_ptr<T>(p.dq, index.batch, index.head, seq.first_row), p.dq.row_stride,
-                       warp_q0, seq.len, p.head_dim, p.softmax_scale, Rope(p),
+                       warp_q0, seq.len, p.head_dim, p.softmax_scale * dropout_scale, Rope(p),
                        p.rope_cos != nullptr ? p.rope_vec : p.vec);
+}
+
+// One warp a bucket of a head, after dq_kernel.
+__global__ void __launch_bounds__(32) d_bias_kernel(const __grid_constant__ BwdParams p) {
+  const int bucket = blockIdx.x % p.num_buckets, head = blockIdx.x / p.num_buckets;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < p.batch * p.blocks; i += 32) {
+    const int64_t block =
+        (static_cast<int64_t>(i / p.blocks) * p.num_heads + head) * p.blocks + i % p.blocks;
+    sum += p.block_buckets[block * p.num_buckets + bucket];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) p.d_bias[bucket * p.num_heads + head] = p.dropout_scale * sum;
 }
 
 // ---- Row statistics ----------------------------------------------------------------------------
@@ -398,7 +460,8 @@ __global__ void __launch_bounds__(kGroupThreads)
       if (valid && part == i && head0 + i < index.end_head) {
         const int64_t entry = seq.lse_row + (head0 + i) * seq.lse_head_stride + row;
         const float lse = p.lse[entry];
-        p.stats[entry] = {lse == -INFINITY ? INFINITY : lse * kLog2e, delta[i]};
+        p.stats[entry] = {lse == -INFINITY ? INFINITY : lse * kLog2e,
+                          (1.0f - p.dropout_p) * delta[i]};
       }
     }
   }
@@ -408,17 +471,58 @@ inline size_t stats_bytes(const AttnParams& p) {
   return (static_cast<size_t>(p.total_tokens) * p.num_heads * sizeof(RowStats) + 255) / 256 * 256;
 }
 
+inline size_t block_buckets_bytes(const AttnParams& p) {
+  if (p.d_bias == nullptr) return 0;
+  const int rows = for_dtype(p, [&]<class T>() {
+    return for_head_dim(p, [&]<int D>() { return DqShape<T, D>::kM; });
+  });
+  return static_cast<size_t>(ceil_div(p.seqlen, rows)) * p.num_heads * p.batch * p.num_buckets *
+         sizeof(float);
+}
+
+template <class T, int D, bool kBiasDropout>
+int dkv(BwdParams& p) {
+  using S = DkvShape<T, D>;
+  const int64_t blocks = p.grid(S::kN);
+  auto run = [&](auto kernel) {
+    return launch(kernel, blocks, S::kThreads, S::kSmem, p.stream, p);
+  };
+  if constexpr (S::kSplit) {
+    ATTN_RETURN_IF(run(dkv_kernel<T, D, true, false, kBiasDropout>));
+    return run(dkv_kernel<T, D, false, true, kBiasDropout>);
+  } else {
+    return run(dkv_kernel<T, D, true, true, kBiasDropout>);
+  }
+}
+
+template <class T, int D, bool kBiasDropout>
+int dq(BwdParams& p) {
+  using S = DqShape<T, D>;
+  const int64_t blocks = p.grid(S::kM);
+  size_t smem = S::kSmem;
+  if (p.d_bias != nullptr) {
+    smem += S::kWarps * BiasGrad<S::MT, S::kSub / 8>::smem_floats(p) * sizeof(float);
+    // Blocks beyond the end of their sequence write nothing.
+    ATTN_RETURN_IF(cudaMemsetAsync(p.block_buckets, 0, block_buckets_bytes(p),
+                                   static_cast<cudaStream_t>(p.stream)));
+  }
+  ATTN_RETURN_IF(launch(dq_kernel<T, D, kBiasDropout>, blocks, S::kThreads, smem, p.stream, p));
+  if (p.d_bias == nullptr) return ATTN_OK;
+  return launch(d_bias_kernel, static_cast<int64_t>(p.num_heads) * p.num_buckets, 32, 0, p.stream,
+                p);
+}
+
 template <class T>
 int bwd(const AttnParams& params) {
   BwdParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o, &p.d_o, &p.dq, &p.dk, &p.dv});
   char* workspace = static_cast<char*>(p.workspace);
   p.stats = reinterpret_cast<RowStats*>(workspace);
+  workspace += stats_bytes(p);
   const int64_t blocks = p.group_grid(kStatsRows);
   ATTN_RETURN_IF(launch(p.vec ? stats_kernel<T, kChunk<T>> : stats_kernel<T, 1>, blocks,
                         kGroupThreads, 0, p.stream, p));
   if (p.rope_cos != nullptr) {
-    workspace += stats_bytes(p);
     for (AttnTensor* t : {&p.q, &p.k}) {
       const AttnTensor rotated = workspace_tensor(p, workspace);
       ATTN_RETURN_IF(rotate<T>(p, *t, rotated));
@@ -426,21 +530,14 @@ int bwd(const AttnParams& params) {
       workspace += workspace_tensor_bytes(p);
     }
   }
+  p.block_buckets = reinterpret_cast<float*>(workspace);
   return for_head_dim(p, [&]<int D>() -> int {
-    using S = DkvShape<T, D>;
-    int64_t blocks = p.grid(S::kN);
-    if constexpr (S::kSplit) {
-      ATTN_RETURN_IF(launch(dkv_kernel<T, D, true, false>, blocks, S::kThreads, S::kSmem, p.stream,
-                            p));
-      ATTN_RETURN_IF(launch(dkv_kernel<T, D, false, true>, blocks, S::kThreads, S::kSmem, p.stream,
-                            p));
-    } else {
-      ATTN_RETURN_IF(launch(dkv_kernel<T, D, true, true>, blocks, S::kThreads, S::kSmem, p.stream,
-                            p));
+    if (p.bias_or_dropout()) {
+      ATTN_RETURN_IF((dkv<T, D, true>(p)));
+      return dq<T, D, true>(p);
     }
-    using Q = DqShape<T, D>;
-    blocks = p.grid(Q::kM);
-    return launch(dq_kernel<T, D>, blocks, Q::kThreads, Q::kSmem, p.stream, p);
+    ATTN_RETURN_IF((dkv<T, D, false>(p)));
+    return dq<T, D, false>(p);
   });
 }
 
@@ -450,12 +547,16 @@ extern "C" {
 
 size_t attn_bwd_workspace_bytes(const AttnParams* p) {
   const size_t rotated = p->rope_cos != nullptr ? 2 * attn::workspace_tensor_bytes(*p) : 0;
-  return attn::stats_bytes(*p) + rotated;
+  return attn::stats_bytes(*p) + rotated + attn::block_buckets_bytes(*p);
 }
 
 int attn_bwd(const AttnParams* p) {
   if (p == nullptr) return ATTN_ERR_NULL;
-  if (attn::empty(*p)) return ATTN_OK;
+  if (attn::empty(*p)) {
+    if (p->d_bias == nullptr) return ATTN_OK;
+    const size_t bytes = sizeof(float) * p->num_buckets * p->num_heads;
+    return cudaMemsetAsync(p->d_bias, 0, bytes, static_cast<cudaStream_t>(p->stream));
+  }
   ATTN_RETURN_IF(attn::check(p, {p->q.ptr, p->k.ptr, p->v.ptr, p->o.ptr, p->d_o.ptr, p->dq.ptr,
                                  p->dk.ptr, p->dv.ptr, p->lse, p->workspace}));
   return attn::for_dtype(*p, [&]<class T>() { return attn::bwd<T>(*p); });

@@ -1,13 +1,14 @@
-// Attention, forward: o = softmax(scale * rope(q) rope(k)^T + mask) v, and lse for the backward.
+// Attention, forward: o = dropout(softmax(scale * rope(q) rope(k)^T + bias + mask)) v, and lse for
+// the backward.
 //
 //   if RoPE: workspace <- rotated k                    (one pass, 16-byte accesses)
 //   for each block of queries of each head (one thread block):
 //     load q; if RoPE, rotate it in shared memory
 //     for each tile of keys that some query of the block sees:
 //       start loading the next k, v tiles
-//       s = q k^T; where a limit crosses the tile, masked s = -inf
+//       s = q k^T; if bias: s = scale s + bias; where a limit crosses the tile, masked s = -inf
 //       m' = max(m, rowmax s); if m' grew: o, l *= exp(m - m')
-//       p = exp(s - m'); l += rowsum p; o += p v
+//       p = exp(s - m'); l += rowsum p; if dropout: p = keep ? p : 0; o += p v
 //     o /= l; lse = m + ln l; a row that saw no key gets o = 0, lse = -inf
 //
 // (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 1.)
@@ -27,7 +28,8 @@
 //      with q in registers: 1.06 and 1.05.
 // With RoPE, rotating k ahead costs 0.034 ms for 64 MiB of keys, which is the speed of memory, and
 // rotating q in its block 0.025 ms.
-#include "launch.cuh"
+#include "bias.cuh"
+#include "dropout.cuh"
 #include "softmax.cuh"
 
 namespace attn {
@@ -55,7 +57,8 @@ struct FwdShape : FwdConfig<sizeof(T), D> {
   static_assert(C::kWarps * kStageFloats<D> * 4 <= kSmem, "the store stages in the same memory");
 };
 
-template <class T, int D>
+// Without kBiasDropout, there is neither.
+template <class T, int D, bool kBiasDropout>
 __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
     fwd_kernel(const __grid_constant__ KernelParams p) {
   using S = FwdShape<T, D>;
@@ -101,9 +104,13 @@ __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
   }
   const RowOperand<T, D, MT, S::kKeepQ> q(q_tile, warp_id() * 16 * MT);
 
-  // The softmax takes maxima of scores, so a negative scale moves its sign into them.
+  // The softmax takes maxima of scores, so a negative scale moves its sign into them. Scores with a
+  // bias are scaled already.
   const bool negate = p.softmax_scale < 0.0f;
-  const float scale_log2 = fmaxf(fabsf(p.softmax_scale) * kLog2e, 1e-30f);
+  const float scale_log2 =
+      kBiasDropout ? 1.0f : fmaxf(fabsf(p.softmax_scale) * kLog2e, 1e-30f);
+  const ScoreBias bias(p, index.head);
+  const Dropout dropout(p, index);
   float out[MT][D / 8][4] = {};
   OnlineSoftmax<MT> softmax;
   int stage = 0;
@@ -111,7 +118,9 @@ __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
     if (k0 + kN < k_end) load_keys(k0 + kN, stage ^ 1);
     float s[MT][NT][4] = {};
     gemm_abt<T, D>(s, q, k_tile + stage * S::kTile, 0);
-    if (negate) {
+    if constexpr (kBiasDropout) {
+      bias.template apply<false>(s, p.softmax_scale * kLog2e, warp_q0, k0);
+    } else if (negate) {
 #pragma unroll
       for (int i = 0; i < MT * NT * 4; ++i) (&s[0][0][0])[i] *= -1.0f;
     }
@@ -119,6 +128,7 @@ __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
       mask_scores(s, seq, window, warp_q0, k0, -INFINITY);
     }
     softmax.update(s, out, scale_log2);
+    KeepMask<kBiasDropout, false, MT, NT>(dropout, warp_q0, k0).zero_dropped(s);
     Fragment<T> probs[MT][kN / Fragment<T>::kK];
 #pragma unroll
     for (int m = 0; m < MT; ++m) to_a<T>(probs[m], s[m]);
@@ -141,7 +151,8 @@ __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
   }
   store_rows<T, D, MT>(out, reinterpret_cast<float*>(smem) + warp_id() * kStageFloats<D>,
                        head_ptr<T>(p.o, index.batch, index.head, seq.first_row), p.o.row_stride,
-                       warp_q0, seq.len, p.head_dim, 1.0f, Rope::none(), p.vec);
+                       warp_q0, seq.len, p.head_dim, kBiasDropout ? p.dropout_scale : 1.0f,
+                       Rope::none(), p.vec);
 }
 
 template <class T>
@@ -156,7 +167,9 @@ int fwd(const AttnParams& params) {
   return for_head_dim(p, [&]<int D>() {
     using S = FwdShape<T, D>;
     const int64_t blocks = p.grid(S::kM);
-    return launch(fwd_kernel<T, D>, blocks, S::kThreads, S::kSmem, p.stream, p);
+    const auto kernel =
+        p.bias_or_dropout() ? fwd_kernel<T, D, true> : fwd_kernel<T, D, false>;
+    return launch(kernel, blocks, S::kThreads, S::kSmem, p.stream, p);
   });
 }
 
@@ -187,6 +200,9 @@ const char* attn_error_string(int code) {
     case ATTN_ERR_SHARED_MEMORY:
       return "this device has too little shared memory per block for this dtype and head_dim; use "
              "bf16 or f16, or a smaller head_dim";
+    case ATTN_ERR_BIAS:
+      return "d_bias needs bias and bias_buckets, and 1 to 1024 buckets";
+    case ATTN_ERR_DROPOUT: return "dropout_p must be in [0, 1)";
     default: return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }

@@ -39,14 +39,16 @@ enum AttnError {
   ATTN_ERR_SEQUENCES = -5,  // more than one of cu_seqlens, key_lens and key_mask
   ATTN_ERR_SIZE = -6,       // a size is negative, seqlen above 2^30, or too many blocks for a grid
   ATTN_ERR_SHARED_MEMORY = -7,  // the device lacks the shared memory (f32 backward, head_dim > 128)
+  ATTN_ERR_BIAS = -8,     // d_bias without bias or bias_buckets, or num_buckets outside 1..=1024
+  ATTN_ERR_DROPOUT = -9,  // dropout_p outside [0, 1)
 };
 
 typedef struct AttnParams {
   // Dtype `dtype`. The forward reads q, k, v and writes o; the backward reads those four and
   // d_o, and writes dq, dk, dv.
   AttnTensor q, k, v, o, d_o, dq, dk, dv;
-  // f32, written by the forward and read by the backward: ln sum_k exp(softmax_scale * q.k) of each
-  // query; -inf where every key is masked.
+  // f32, written by the forward and read by the backward: ln sum_k exp(score) of each query, where
+  // score = softmax_scale * q.k + bias; -inf where every key is masked.
   float* lse;
   // At most one of the next three is set; none means every key of every sequence takes part.
   const int32_t* cu_seqlens;  // [batch + 1]: sequence i is tokens cu_seqlens[i]..[i + 1]
@@ -55,11 +57,19 @@ typedef struct AttnParams {
   // RoPE tables [at least seqlen, head_dim / 2], f32; both null = no RoPE.
   const float* rope_cos;
   const float* rope_sin;
+  // Bias of scores [num_heads, 2 * seqlen - 1], f32, or null: [h][d + seqlen - 1] is added where
+  // key - query = d, both counted within their sequence.
+  const float* bias;
+  // For the backward, both or neither: the gradient d_bias [num_buckets, num_heads], f32, sums over
+  // the distances d with bias_buckets[d + seqlen - 1] = bucket.
+  const int32_t* bias_buckets;
+  float* d_bias;
   // attn_fwd_workspace_bytes or attn_bwd_workspace_bytes bytes, 16-byte aligned; its contents need
   // not survive between calls.
   void* workspace;
   void* stream;           // cudaStream_t
   int64_t total_tokens;   // rows of all sequences; batch * seqlen when dense
+  uint64_t dropout_seed;  // the same in both directions
   int32_t batch;          // number of sequences
   int32_t seqlen;         // rows of a sequence; of the longest one when cu_seqlens is set
   int32_t num_heads;
@@ -69,15 +79,20 @@ typedef struct AttnParams {
   int32_t window_left;    // sees at most this many keys before its position; -1 = all
   int32_t window_right;   // ... and after; -1 = all (causal acts as 0)
   int32_t rope_interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + head_dim/2)
+  int32_t num_buckets;    // of bias_buckets; 0 without
   float softmax_scale;
+  // Probabilities are dropped with dropout_p, the kept ones divided by 1 - dropout_p: element
+  // (sequence b, head h, query i, key j) is dropped when word j % 4 of Philox4x32-10 with counter
+  // (j / 4, i, h, b) and key (low, high word of dropout_seed) is below dropout_p * 2^32.
+  float dropout_p;
 } AttnParams;
 
 ATTN_STATIC_ASSERT(sizeof(AttnTensor) == 32, "AttnTensor layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, lse) == 256, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 304, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 320, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, softmax_scale) == 364, "AttnParams layout");
-ATTN_STATIC_ASSERT(sizeof(AttnParams) == 368, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 328, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 344, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 404, "AttnParams layout");
+ATTN_STATIC_ASSERT(sizeof(AttnParams) == 408, "AttnParams layout");
 
 // Bytes of workspace that a call with these parameters needs (no device access; pointers are only
 // compared with null). 0 means workspace may be null.
@@ -88,6 +103,11 @@ size_t attn_bwd_workspace_bytes(const AttnParams* params);
 // nothing was enqueued after an AttnError.
 int attn_fwd(const AttnParams* params);
 int attn_bwd(const AttnParams* params);
+
+// table[h][d + seqlen - 1] = weight[buckets[d + seqlen - 1]][h], which makes AttnParams::bias of a
+// weight [num_buckets, num_heads]. Enqueued like the above.
+int attn_bias_table(const float* weight, const int32_t* buckets, float* table, int32_t num_heads,
+                    int32_t seqlen, void* stream);
 
 // What a code means, in a static string.
 const char* attn_error_string(int code);

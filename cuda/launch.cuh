@@ -5,20 +5,26 @@
 #include <initializer_list>
 
 #include "mask.cuh"
+#include "philox.cuh"
 #include "position.cuh"
 
 namespace attn {
 
 // Elementwise kernels: a block of threads takes some rows of kGroupHeads heads of one sequence.
 constexpr int kGroupHeads = 8, kGroupThreads = 256;
+constexpr int kMaxBuckets = 1024;
 
 // The caller's parameters with what the kernels derive from them on the host.
 struct KernelParams : AttnParams {
   bool vec;       // rows of all tensors may be read and written in 16-byte chunks
   bool rope_vec;  // so may the runs of a rotation, and its tables
   int blocks;     // row blocks of a sequence
+  uint32_t drop_below;  // random words below it drop their element
+  float dropout_scale;  // of kept elements
 
-  explicit KernelParams(const AttnParams& p) : AttnParams(p), vec(), rope_vec(), blocks() {
+  explicit KernelParams(const AttnParams& p)
+      : AttnParams(p), vec(), rope_vec(), blocks(), drop_below(dropout_threshold(dropout_p)),
+        dropout_scale(1.0f / (1.0f - dropout_p)) {
     if (cu_seqlens != nullptr) {
       for (AttnTensor* t : {&q, &k, &v, &o, &d_o, &dq, &dk, &dv}) t->batch_stride = 0;
     }
@@ -30,6 +36,9 @@ struct KernelParams : AttnParams {
     for (const AttnTensor* t : tensors) vec = vec && aligned<T>(*t);
     rope_vec = vec && attn::rope_vec<T>(*this);
   }
+
+  // Scores or probabilities change on their way, which kernels know at compile time.
+  bool bias_or_dropout() const { return bias != nullptr || drop_below != 0; }
 
   // Blocks of a kernel whose blocks take `rows` rows of one head.
   int64_t grid(int rows) {
@@ -121,6 +130,11 @@ inline int check(const AttnParams* p, std::initializer_list<const void*> require
   if ((p->cu_seqlens != nullptr) + (p->key_lens != nullptr) + (p->key_mask != nullptr) > 1) {
     return ATTN_ERR_SEQUENCES;
   }
+  if (p->d_bias != nullptr && (p->bias == nullptr || p->bias_buckets == nullptr ||
+                               p->num_buckets < 1 || p->num_buckets > kMaxBuckets)) {
+    return ATTN_ERR_BIAS;
+  }
+  if (!(p->dropout_p >= 0.0f && p->dropout_p < 1.0f)) return ATTN_ERR_DROPOUT;
   if (p->batch < 0 || p->seqlen < 0 || p->num_heads < 0 || p->total_tokens < 0 ||
       p->seqlen > 1 << 30) {
     return ATTN_ERR_SIZE;

@@ -28,19 +28,21 @@ class Tensor(ctypes.Structure):
 
 
 TENSORS = ["q", "k", "v", "o", "d_o", "dq", "dk", "dv"]
-POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "workspace", "stream"]
+POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "bias", "bias_buckets",
+            "d_bias", "workspace", "stream"]
 INTS = ["batch", "seqlen", "num_heads", "head_dim", "dtype", "causal", "window_left",
-        "window_right", "rope_interleaved"]
+        "window_right", "rope_interleaved", "num_buckets"]
 
 
 class Params(ctypes.Structure):
     """AttnParams of cuda/attn_params.h."""
     _fields_ = ([(n, Tensor) for n in TENSORS] + [(n, ctypes.c_void_p) for n in POINTERS]
-                + [("total_tokens", ctypes.c_int64)] + [(n, ctypes.c_int32) for n in INTS]
-                + [("softmax_scale", ctypes.c_float)])
+                + [("total_tokens", ctypes.c_int64), ("dropout_seed", ctypes.c_uint64)]
+                + [(n, ctypes.c_int32) for n in INTS]
+                + [("softmax_scale", ctypes.c_float), ("dropout_p", ctypes.c_float)])
 
 
-assert ctypes.sizeof(Params) == 368
+assert ctypes.sizeof(Params) == 408
 
 
 def load(path):
@@ -49,6 +51,7 @@ def load(path):
         getattr(lib, name).argtypes = [ctypes.POINTER(Params)]
         workspace = getattr(lib, name + "_workspace_bytes")
         workspace.argtypes, workspace.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
+    lib.attn_bias_table.argtypes = ([ctypes.c_void_p] * 3 + [ctypes.c_int32] * 2 + [ctypes.c_void_p])
     lib.attn_error_string.restype = ctypes.c_char_p
     return lib
 
@@ -58,8 +61,9 @@ class Attention:
     [total_tokens, heads, head_dim]."""
 
     def __init__(self, lib, q, k, v, *, causal=False, window=(-1, -1), cu_seqlens=None,
-                 key_lens=None, key_mask=None, rope=None, interleaved=False, scale=None):
-        self.lib, self.keep = lib, [q, k, v, cu_seqlens, key_lens, key_mask, rope]
+                 key_lens=None, key_mask=None, rope=None, interleaved=False, scale=None, bias=None,
+                 dropout=(0.0, 0)):
+        self.lib, self.keep = lib, [q, k, v, cu_seqlens, key_lens, key_mask, rope, bias]
         p = self.params = Params()
         p.num_heads, p.head_dim = q.shape[-2:]
         if cu_seqlens is None:
@@ -76,6 +80,8 @@ class Attention:
         if rope is not None:
             p.rope_cos, p.rope_sin = rope[0].data_ptr(), rope[1].data_ptr()
             p.rope_interleaved = interleaved
+        p.bias = None if bias is None else bias.data_ptr()
+        p.dropout_p, p.dropout_seed = dropout
         p.stream = torch.cuda.current_stream().cuda_stream
         self.set(q=q, k=k, v=v)
 
@@ -115,21 +121,60 @@ def rotate(x, cos, sin, interleaved):
     return y.to(x.dtype)
 
 
-def naive(q, k, v, grad, mask, rope, interleaved, scale):
-    """o, lse, dq, dk, dv in the dtype of q [b, s, h, d]; mask [b, s, s] true = attend."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+def philox(counter, key):
+    """Philox4x32-10 of four int64 tensors that hold 32-bit words."""
+    low = 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]  # int64 wraps; its bits are right
+        counter = [b >> 32 & low ^ counter[1] ^ key[0], b & low, a >> 32 & low ^ counter[3] ^ key[1], a & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    return counter
+
+
+def dropout_keep(p, seed, sequence, heads, query, key):
+    """[b, heads, s, s]: 0 where dropped, else 1 / (1 - p). Sequence numbers, queries and keys within
+    their sequence are [b, s]."""
+    shape = (*query.shape[:1], heads, query.shape[1], key.shape[1])
+    head = torch.arange(heads, device="cuda")[None, :, None, None]
+    counter = [key[:, None, None, :] // 4, query[:, None, :, None], head, sequence[:, None, :, None]]
+    words = philox([x.expand(shape) for x in counter], [seed & 0xFFFFFFFF, seed >> 32])
+    word = torch.stack(words, -1).gather(-1, (key % 4)[:, None, None, :, None].expand(*shape, 1))[..., 0]
+    p = ctypes.c_float(p).value
+    return (word >= p * 2**32).double() / (1 - p)
+
+
+def t5_buckets(distance, num_buckets, max_distance=32):
+    """transformers' T5Attention._relative_position_bucket, bidirectional; distance = key - query."""
+    half = num_buckets // 2
+    away, exact = distance.abs(), half // 2
+    ratio = torch.log(away.float().clamp(min=1) / exact) / math.log(max_distance / exact)
+    large = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance > 0, half, 0) + torch.where(away < exact, away, large)
+
+
+def naive(q, k, v, grad, mask, rope, interleaved, scale, weight, buckets, keep):
+    """o, lse, dq, dk, dv, d_weight in the dtype of q [b, s, h, d]. mask [b, s, s]: true = attend;
+    weight [num_buckets, heads] is added at buckets [b, s, s]; keep [b, h, s, s] multiplies
+    probabilities. Each of the last three may be None."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, weight) if x is not None]
+    q, k, v = leaves[:3]
     rq, rk = (rotate(x, *rope, interleaved) if rope is not None else x for x in (q, k))
     s = torch.einsum("bqhd,bkhd->bhqk", rq, rk) * scale
+    if weight is not None:
+        s = s + leaves[3][buckets].permute(0, 3, 1, 2)
     mask = mask[:, None]
     some = mask.any(-1, keepdim=True)
     s = s.masked_fill(~mask & some, -math.inf)
-    o = torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1) * some, v)
+    probs = s.softmax(-1) * some
+    if keep is not None:
+        probs = probs * keep.to(probs.dtype)
+    o = torch.einsum("bhqk,bkhd->bqhd", probs, v)
     lse = s.logsumexp(-1).masked_fill(~some[..., 0], -math.inf)
-    return [o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), grad)]
+    return [o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, grad)]
 
 
 def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window=(-1, -1),
-             rope="none", layout="packed", scale=None, seed=0, reference=True):
+             rope="none", layout="packed", scale=None, bias="none", dropout=0.0, seed=0, reference=True):
     """Worst error / bound of one case, by result; without a reference, only the other checks."""
     torch.manual_seed(seed)
     T = DTYPES[dtype]
@@ -149,12 +194,13 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
     do_base, grad = buffer(1)
     grad.copy_(torch.randn(grad.shape, device="cuda"))
     position = torch.arange(rows, device="cuda")
+    owner = torch.arange(batch, device="cuda")[:, None].expand(batch, rows)  # sequence of each row
     mask = torch.ones(batch, rows, rows, dtype=torch.bool, device="cuda")
     args = {}
     if varlen:
-        owner = torch.cat([torch.full((n,), i) for i, n in enumerate(lens)]).cuda()
+        owner = torch.cat([torch.full((n,), i) for i, n in enumerate(lens)]).cuda()[None]
         position = torch.cat([torch.arange(n) for n in lens]).cuda()
-        mask &= owner[:, None] == owner[None, :]
+        mask &= owner[:, :, None] == owner[:, None, :]
         cu = list(itertools.accumulate(lens, initial=0))
         args["cu_seqlens"] = torch.tensor(cu, dtype=torch.int32, device="cuda")
     keys = torch.ones(batch, rows, dtype=torch.bool, device="cuda")
@@ -181,38 +227,67 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
     scale = d ** -0.5 if scale is None else scale
     at = None if tables is None else [t[position] for t in tables]
     g = grad[:, :, 0]
+    longest, num_buckets = max(lens), 12
+    all_distances = torch.arange(1 - longest, longest, device="cuda")
+    weight = table = table_buckets = buckets = keep = None
+    if bias == "alibi":  # the weight of a distance is that of its own bucket
+        num_buckets = longest
+        table_buckets, buckets = all_distances.abs(), distance.abs()
+        slopes = torch.tensor([2.0 ** -(h + 1) for h in range(heads)], device="cuda")
+        weight = -slopes * torch.arange(longest, device="cuda")[:, None]
+    if bias == "t5":
+        table_buckets, buckets = (t5_buckets(x, num_buckets) for x in (all_distances, distance))
+        weight = torch.randn(num_buckets, heads, device="cuda")
+    if bias != "none":
+        buckets = buckets.clamp(max=num_buckets - 1).expand(batch, rows, rows)  # far: other sequences
+        table_buckets = table_buckets.int()
+        table = torch.full((heads, 2 * longest - 1), float("nan"), device="cuda")
+        code = lib.attn_bias_table(weight.data_ptr(), table_buckets.data_ptr(), table.data_ptr(), heads, longest,
+                                   torch.cuda.current_stream().cuda_stream)
+        assert code == 0, code
+    seed64 = 0x123456789ABCDEF0 + seed
+    if dropout > 0 and reference:
+        at_rows = position.expand(batch, rows)
+        keep = dropout_keep(dropout, seed64, owner, heads, at_rows, at_rows)
     if reference:
-        exact = naive(q.double(), k.double(), v.double(), g.double(), mask, at, interleaved, scale)
-        same = naive(q, k, v, g, mask, at, interleaved, scale)
+        double = None if weight is None else weight.double()
+        exact = naive(q.double(), k.double(), v.double(), g.double(), mask, at, interleaved, scale, double, buckets, keep)
+        rounded = None if weight is None else weight.to(T)
+        same = naive(q, k, v, g, mask, at, interleaved, scale, rounded, buckets, keep)
 
     qkv[:, :, 1:][~keys[:, :, None].expand(-1, -1, 2)] = float("nan")
     out_base, out = buffer(4)
     lse = torch.full((batch, heads, rows), float("nan"), device="cuda")
     one = (lambda x: x[0]) if varlen else (lambda x: x)
     a = Attention(lib, *(one(x) for x in qkv.unbind(2)), causal=causal, window=window, rope=tables,
-                  interleaved=interleaved, scale=scale, **args)
+                  interleaved=interleaved, scale=scale, bias=table, dropout=(dropout, seed64), **args)
     o, dq, dk, dv = out.unbind(2)
+    d_weight = torch.full((num_buckets, heads), float("nan"), device="cuda")
+    if bias == "t5" or num_buckets <= 1024 and bias == "alibi":
+        a.params.bias_buckets, a.params.d_bias = table_buckets.data_ptr(), d_weight.data_ptr()
+        a.params.num_buckets = num_buckets
     a.params.lse = lse.data_ptr()
     a.set(o=one(o), d_o=one(g), dq=one(dq), dk=one(dk), dv=one(dv))
     problems = []
     for which in ("attn_fwd", "attn_bwd", "attn_bwd"):
         space, size = a.workspace(which)
-        first = out.clone()
+        first, first_d_weight = out.clone(), d_weight.clone()
         a.call(which)
         torch.cuda.synchronize()
         if not space[(size + 3) // 4:].isnan().all():
             problems.append("workspace overrun")
-    if not torch.equal(out, first):
+    if not (torch.equal(out, first) and torch.equal(d_weight.nan_to_num(7.0), first_d_weight.nan_to_num(7.0))):
         problems.append("backward is not deterministic")
     if gap and not (out_base[..., d:].isnan().all() and base[..., d:].isnan().all()):
         problems.append("wrote between rows")
     ratios = {}
     if not reference:
-        if out.isnan().any() or lse.isnan().any():
+        if out.isnan().any() or lse.isnan().any() or bias != "none" and d_weight.isnan().any():
             problems.append("NaN")
         return ratios, problems
     eps = torch.finfo(T).eps
-    for name, got, want, other in zip(("o", "lse", "dq", "dk", "dv"), (o, lse, dq, dk, dv), exact, same):
+    results = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "d_bias": d_weight}
+    for (name, got), want, other in zip(results.items(), exact, same):
         got = got.double()
         if name == "lse":
             if not torch.equal(got.isinf(), want.isinf()):
@@ -237,7 +312,10 @@ def cases(sanitize):
             for d in (64, 128):
                 add(dtype=dtype, d=d, lens=[65, 130], seqs="key_mask", rope="half")
                 add(dtype=dtype, d=d, lens=[1, 70, 129], seqs="cu_seqlens", causal=True, rope="interleaved")
+                add(dtype=dtype, d=d, lens=[1, 70, 129], seqs="cu_seqlens", bias="t5", dropout=0.2)
+        add(dtype="bf16", d=64, lens=[129, 0], seqs="key_lens", causal=True, bias="alibi")
         add(dtype="bf16", d=32, lens=[129, 0], seqs="key_lens", causal=True)
+        add(dtype="bf16", d=256, lens=[67], bias="t5", dropout=0.2)
         add(dtype="bf16", d=96, lens=[129], window=(20, 5), rope="half")
         add(dtype="bf16", d=40, lens=[67], layout="odd", rope="half")
         add(dtype="bf16", d=256, lens=[67], layout="aligned", rope="half")
@@ -262,6 +340,16 @@ def cases(sanitize):
         add(dtype=dtype, d=d, lens=[1024], rope="half")
         for scale in (-0.3, 0.0, 1.5):
             add(dtype=dtype, d=d, lens=[100], scale=scale)
+            add(dtype=dtype, d=d, lens=[100], scale=scale, bias="t5")
+        for bias, p in (("alibi", 0.0), ("t5", 0.0), ("none", 0.3), ("alibi", 0.1), ("t5", 0.1)):
+            for n in (1, 7, 64, 127, 130, 300):
+                add(dtype=dtype, d=d, lens=[n, n], causal=n == 130, bias=bias, dropout=p)
+            add(dtype=dtype, d=d, lens=[190, 77, 0, 129], seqs="key_lens", bias=bias, dropout=p)
+            add(dtype=dtype, d=d, lens=[131, 131, 131], seqs="key_mask", bias=bias, dropout=p, causal=True)
+            add(dtype=dtype, d=d, lens=[1, 64, 0, 65, 200, 127], seqs="cu_seqlens", bias=bias, dropout=p)
+            add(dtype=dtype, d=d, lens=[270], window=(40, 25), bias=bias, dropout=p)
+        add(dtype=dtype, d=d, lens=[150, 150], rope="half", dropout=0.5, heads=3)
+        add(dtype=dtype, d=d, lens=[150, 150], layout="odd", bias="t5", dropout=0.99)
     for dtype, d in itertools.product(DTYPES, (1, 2, 8, 16, 24, 33, 40, 48, 50, 80, 112, 160, 192, 250)):
         add(dtype=dtype, d=d, lens=[130, 130], rope="half" if d % 2 == 0 else "none")
         add(dtype=dtype, d=d, lens=[70, 5], seqs="cu_seqlens", causal=True,
