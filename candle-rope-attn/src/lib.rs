@@ -100,6 +100,8 @@
 
 mod batch;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod element;
 mod op;
 pub mod ops;
@@ -115,10 +117,23 @@ pub use spec::{
     Sequences, Window,
 };
 
+/// The GPU of that number. Memory that tensors free stays with the program for the next ones.
+///
+/// # Errors
+/// Says what to do when there is no such GPU or it is too old for the kernels, when the NVIDIA
+/// driver is missing or too old, and when this program was built without the feature `cuda`.
+#[cfg(feature = "cuda")]
+pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
+    cuda::device::open(ordinal)
+}
+
 /// The GPU of that number.
 ///
 /// # Errors
-/// When there is none, or the program was built without the feature `cuda`.
+/// Always: this program was built without the feature `cuda`.
+#[cfg(not(feature = "cuda"))]
 pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
-    candle_core::Device::new_cuda(ordinal)
+    candle_core::bail!(
+        "GPU {ordinal} was asked for, but this program was built without CUDA; build with --features cuda"
+    )
 }

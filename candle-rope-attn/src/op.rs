@@ -2,12 +2,16 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
 
 use crate::batch::Batch;
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::check_dtype;
 use crate::spec::{AttentionSpec, PositionEncoding, Sequences};
 
@@ -218,6 +222,23 @@ impl Attention {
         Ok((out, shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_forward(
+        &self,
+        inputs: &[(&CudaStorage, &Layout)],
+        weight: Option<&CudaStorage>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let shape = self.output_shape();
+        let layout = Layout::contiguous(&shape);
+        let (out, lse) =
+            cuda::attention::forward(&self.spec, &self.batch, inputs, weight, &layout)?;
+        if let Some(saved) = &self.lse {
+            let shape = self.batch.lse_shape(self.spec.num_heads);
+            saved.get_or_init(|| cuda::tensor(lse, shape));
+        }
+        Ok((out, shape))
+    }
+
     /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight.
     fn backward(
         &self,
@@ -233,6 +254,10 @@ impl Attention {
         let saved = [out, &d_out, lse];
         match out.device() {
             Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                cuda::attention::backward(&self.spec, &self.batch, inputs, weight, saved)
+            }
             device => bail!("attention: no backward pass on {:?}", device.location()),
         }
     }
@@ -247,6 +272,11 @@ impl CustomOp1 for Attention {
 
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         self.cpu_forward(&[(qkv, layout)], None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, qkv: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda_forward(&[(qkv, layout)], None)
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, d_out: &Tensor) -> Result<Option<Tensor>> {
@@ -268,6 +298,17 @@ impl CustomOp2 for Attention {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.cpu_forward(&[(qkv, layout)], Some(weight))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        qkv: &CudaStorage,
+        layout: &Layout,
+        weight: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda_forward(&[(qkv, layout)], Some(weight))
     }
 
     fn bwd(
@@ -297,6 +338,19 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.cpu_forward(&[(q, q_layout), (k, k_layout), (v, v_layout)], None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda_forward(&[(q, q_layout), (k, k_layout), (v, v_layout)], None)
     }
 
     fn bwd(

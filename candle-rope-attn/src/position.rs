@@ -159,7 +159,7 @@ pub(crate) fn fold_bias_gradient(
 }
 
 /// Every distance between positions below `seqlen`, ascending.
-fn distances(seqlen: usize) -> std::ops::RangeInclusive<i64> {
+pub(crate) fn distances(seqlen: usize) -> std::ops::RangeInclusive<i64> {
     let last = seqlen as i64 - 1;
     -last..=last
 }

@@ -1,0 +1,348 @@
+//! Attention on NVIDIA GPUs: the kernels of `cuda/` on Candle's tensors.
+
+use std::ffi::c_void;
+use std::rc::Rc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
+
+use super::ffi::{self, AttnParams, AttnTensor};
+use super::{Pointers, alloc, alloc_storage, check, cuda_storage, tensor, upload};
+use crate::batch::{Batch, View, qkv_views};
+use crate::position::{BiasTable, RopeTable, distances};
+use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Rope, RopePairing};
+use crate::spec::{Sequences, Window};
+
+/// Output of a call and the log-sum-exp of its rows (see [`Batch::lse_shape`]) in natural units.
+///
+/// `inputs` are q, k and v, or one packed tensor; `weight` is that of
+/// [`PositionEncoding::RelativeBias`], contiguous f32.
+pub(crate) fn forward(
+    spec: &AttentionSpec,
+    batch: &Batch,
+    inputs: &[(&CudaStorage, &Layout)],
+    weight: Option<&CudaStorage>,
+    out_layout: &Layout,
+) -> Result<(CudaStorage, CudaStorage)> {
+    let call = Attention::new(spec, batch, inputs, weight);
+    let stream = call.device().cuda_stream();
+    let tables = call.tables(&stream)?;
+    let mut out = alloc_storage(call.device(), call.dtype(), out_layout.shape().elem_count())?;
+    let rows = batch.total_tokens * spec.num_heads;
+    let mut lse = alloc_storage(call.device(), DType::F32, rows)?;
+    let mut workspace;
+
+    let mut pointers = Pointers::new(&stream)?;
+    let mut params = call.params(&tables, &mut pointers)?;
+    let base = pointers.write_storage(&mut out)?;
+    params.o = rows_at(base, View::new(out_layout), call.dtype());
+    params.lse = pointers.write_storage(&mut lse)?.cast();
+    // SAFETY: only reads the parameters.
+    let bytes = unsafe { ffi::attn_fwd_workspace_bytes(&params) };
+    workspace = alloc::<u8>(call.device(), bytes)?;
+    params.workspace = pointers.write(&mut workspace).cast();
+    // SAFETY: the pointers are live device memory of the shapes and strides in `params`, which the
+    // operation has checked, and stay so until the launches are enqueued.
+    let code = unsafe { ffi::attn_fwd(&params) };
+    check(code, || call.describe("forward"))?;
+    drop(pointers);
+    Ok((out, lse))
+}
+
+/// Gradients of `inputs` and `weight`, which are as in [`forward`], from the output, its gradient
+/// and the log-sum-exp.
+pub(crate) fn backward(
+    spec: &AttentionSpec,
+    batch: &Batch,
+    inputs: &[&Tensor],
+    weight: Option<&Tensor>,
+    [out, d_out, lse]: [&Tensor; 3],
+) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+    let locked: Vec<_> = inputs.iter().map(|x| x.storage_and_layout()).collect();
+    let storages = (locked.iter())
+        .map(|(storage, layout)| Ok((cuda_storage(storage)?, *layout)))
+        .collect::<Result<Vec<_>>>()?;
+    let weight_locked = weight.map(Tensor::storage_and_layout);
+    let weight_storage = (weight_locked.as_ref())
+        .map(|(storage, _)| cuda_storage(storage))
+        .transpose()?;
+    let call = Attention::new(spec, batch, &storages, weight_storage);
+    let stream = call.device().cuda_stream();
+    let tables = call.tables(&stream)?;
+
+    let (out, out_layout) = out.storage_and_layout();
+    let (d_out, d_out_layout) = d_out.storage_and_layout();
+    let (lse, _) = lse.storage_and_layout();
+    let alloc_for = |x: &Tensor| alloc_storage(call.device(), x.dtype(), x.elem_count());
+    let mut gradients = (inputs.iter())
+        .map(|x| alloc_for(x))
+        .collect::<Result<Vec<_>>>()?;
+    let mut d_weight = weight.map(alloc_for).transpose()?;
+    let mut workspace;
+
+    let mut pointers = Pointers::new(&stream)?;
+    let mut params = call.params(&tables, &mut pointers)?;
+    params.o = call.rows(cuda_storage(&out)?, View::new(out_layout), &mut pointers)?;
+    params.d_o = call.rows(
+        cuda_storage(&d_out)?,
+        View::new(d_out_layout),
+        &mut pointers,
+    )?;
+    params.lse = pointers
+        .read_storage(cuda_storage(&lse)?)?
+        .cast_mut()
+        .cast();
+    let bases = (gradients.iter_mut())
+        .map(|gradient| pointers.write_storage(gradient))
+        .collect::<Result<Vec<_>>>()?;
+    let layout = Layout::contiguous(inputs[0].shape());
+    [params.dq, params.dk, params.dv] = qkv_views(&vec![&layout; inputs.len()])
+        .map(|(input, view)| rows_at(bases[input], view, call.dtype()));
+    if let (Some(d_weight), Some(buckets)) = (&mut d_weight, &tables.buckets) {
+        params.d_bias = pointers.write_storage(d_weight)?.cast();
+        params.bias_buckets = pointers.read(buckets);
+    }
+    // SAFETY: only reads the parameters.
+    let bytes = unsafe { ffi::attn_bwd_workspace_bytes(&params) };
+    workspace = alloc::<u8>(call.device(), bytes)?;
+    params.workspace = pointers.write(&mut workspace).cast();
+    // SAFETY: as in `forward`.
+    let code = unsafe { ffi::attn_bwd(&params) };
+    check(code, || call.describe("backward"))?;
+    drop(pointers);
+
+    let gradients = (gradients.into_iter().zip(inputs))
+        .map(|(gradient, x)| tensor(gradient, x.shape()))
+        .collect();
+    let d_weight = (d_weight.zip(weight)).map(|(gradient, x)| tensor(gradient, x.shape()));
+    Ok((gradients, d_weight))
+}
+
+/// What both passes share.
+struct Attention<'a> {
+    spec: &'a AttentionSpec,
+    batch: &'a Batch,
+    qkv: [(&'a CudaStorage, View); 3],
+    weight: Option<&'a CudaStorage>,
+}
+
+impl<'a> Attention<'a> {
+    fn new(
+        spec: &'a AttentionSpec,
+        batch: &'a Batch,
+        inputs: &[(&'a CudaStorage, &Layout)],
+        weight: Option<&'a CudaStorage>,
+    ) -> Self {
+        let layouts: Vec<_> = inputs.iter().map(|(_, layout)| *layout).collect();
+        Self {
+            spec,
+            batch,
+            qkv: qkv_views(&layouts).map(|(input, view)| (inputs[input].0, view)),
+            weight,
+        }
+    }
+
+    fn device(&self) -> &CudaDevice {
+        self.qkv[0].0.device()
+    }
+
+    fn dtype(&self) -> DType {
+        self.qkv[0].0.dtype()
+    }
+
+    fn describe(&self, pass: &str) -> String {
+        format!(
+            "attention {pass} of {} tokens in {} sequences of at most {}, {} heads of width {}, {:?}",
+            self.batch.total_tokens,
+            self.batch.count,
+            self.batch.seqlen,
+            self.spec.num_heads,
+            self.spec.head_dim,
+            self.dtype(),
+        )
+    }
+
+    /// All parameters but the results and what goes with them.
+    fn params<'b>(&'b self, tables: &'b Tables, pointers: &mut Pointers<'b>) -> Result<AttnParams> {
+        let [q, k, v] = self.qkv;
+        let Window { left, right } = self.spec.window.unwrap_or(Window {
+            left: None,
+            right: None,
+        });
+        // Wider than any sequence is as good as none.
+        let limit = |keys: Option<usize>| keys.and_then(|keys| keys.try_into().ok()).unwrap_or(-1);
+        let dropout = self.spec.dropout;
+        let mut params = AttnParams {
+            q: self.rows(q.0, q.1, pointers)?,
+            k: self.rows(k.0, k.1, pointers)?,
+            v: self.rows(v.0, v.1, pointers)?,
+            stream: pointers.stream(),
+            total_tokens: self.batch.total_tokens as i64,
+            batch: int("the number of sequences", self.batch.count)?,
+            seqlen: int("the longest sequence", self.batch.seqlen)?,
+            num_heads: int("num_heads", self.spec.num_heads)?,
+            head_dim: int("head_dim", self.spec.head_dim)?,
+            dtype: match self.dtype() {
+                DType::BF16 => ffi::ATTN_BF16,
+                DType::F16 => ffi::ATTN_F16,
+                _ => ffi::ATTN_F32,
+            },
+            causal: self.spec.causal.into(),
+            window_left: limit(left),
+            window_right: limit(right),
+            softmax_scale: self.spec.softmax_scale,
+            dropout_p: dropout.map_or(0.0, |dropout| dropout.p),
+            dropout_seed: dropout.map_or(0, |dropout| dropout.seed),
+            ..Default::default()
+        };
+        match (&tables.sequences, &self.batch.sequences) {
+            (Some(list), Sequences::CuSeqlens(_)) => params.cu_seqlens = pointers.read(list),
+            (Some(list), _) => params.key_lens = pointers.read(list),
+            (None, _) => {}
+        }
+        if let Some(mask) = &tables.key_mask {
+            params.key_mask = pointers.read(mask);
+        }
+        if let (Some(table), PositionEncoding::Rope(rope)) = (&tables.rope, &self.spec.position) {
+            params.rope_cos = pointers.read(table);
+            params.rope_sin = params.rope_cos.wrapping_add(table.len() / 2);
+            params.rope_interleaved = (rope.pairing == RopePairing::Interleaved).into();
+        }
+        if let Some(bias) = &tables.bias {
+            params.bias = pointers.read(bias);
+        }
+        if let PositionEncoding::RelativeBias(bias) = &self.spec.position {
+            params.num_buckets = int("num_buckets", bias.num_buckets)?;
+        }
+        Ok(params)
+    }
+
+    fn rows<'b>(
+        &self,
+        storage: &'b CudaStorage,
+        view: View,
+        pointers: &mut Pointers<'b>,
+    ) -> Result<AttnTensor> {
+        let base = pointers.read_storage(storage)?.cast_mut();
+        Ok(rows_at(base, view, self.dtype()))
+    }
+
+    fn tables(&self, stream: &CudaStream) -> Result<Tables> {
+        let device = self.device();
+        let seqlen = self.batch.seqlen;
+        let mut tables = Tables::default();
+        match &self.batch.sequences {
+            Sequences::Dense => {}
+            Sequences::CuSeqlens(list) | Sequences::KeyLens(list) => {
+                tables.sequences = Some(upload(device, list.clone(), |list: &Vec<usize>| {
+                    list.iter().map(|&n| int("a sequence bound", n)).collect()
+                })?);
+            }
+            Sequences::KeyMask(mask) => {
+                tables.key_mask = Some(upload(device, mask.clone(), |mask: &Vec<bool>| {
+                    Ok(mask.iter().map(|&key| u8::from(key)).collect())
+                })?);
+            }
+        }
+        match &self.spec.position {
+            PositionEncoding::None => {}
+            PositionEncoding::Rope(rope) => tables.rope = Some(upload_rope(device, rope, seqlen)?),
+            PositionEncoding::Alibi(alibi) => {
+                tables.bias = Some(upload_alibi(device, alibi, seqlen)?);
+            }
+            PositionEncoding::RelativeBias(bias) => {
+                let buckets = upload_buckets(device, bias, seqlen)?;
+                tables.bias = Some(Rc::new(self.gather_bias(&buckets, stream)?));
+                tables.buckets = Some(buckets);
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The bias of each head and distance, from the weight.
+    fn gather_bias(&self, buckets: &CudaSlice<i32>, stream: &CudaStream) -> Result<CudaSlice<f32>> {
+        let Some(weight) = self.weight else {
+            bail!("attention: PositionEncoding::RelativeBias needs its weight")
+        };
+        let num_heads = self.spec.num_heads;
+        let mut table = alloc::<f32>(self.device(), num_heads * buckets.len())?;
+        let mut pointers = Pointers::new(stream)?;
+        // SAFETY: live device memory of the sizes that the kernel expects.
+        let code = unsafe {
+            ffi::attn_bias_table(
+                pointers.read_storage(weight)?.cast(),
+                pointers.read(buckets),
+                pointers.write(&mut table),
+                int("num_heads", num_heads)?,
+                int("the longest sequence", self.batch.seqlen)?,
+                pointers.stream(),
+            )
+        };
+        check(code, || self.describe("bias table"))?;
+        drop(pointers);
+        Ok(table)
+    }
+}
+
+/// Device memory that a call reads beside its tensors.
+#[derive(Default)]
+struct Tables {
+    /// `cu_seqlens` or key lengths.
+    sequences: Option<Rc<CudaSlice<i32>>>,
+    key_mask: Option<Rc<CudaSlice<u8>>>,
+    /// Cosines, then sines.
+    rope: Option<Rc<CudaSlice<f32>>>,
+    /// `[num_heads, 2 * seqlen - 1]`.
+    bias: Option<Rc<CudaSlice<f32>>>,
+    /// Bucket of each distance, where the bias is a relative one.
+    buckets: Option<Rc<CudaSlice<i32>>>,
+}
+
+fn upload_rope(device: &CudaDevice, rope: &Rope, seqlen: usize) -> Result<Rc<CudaSlice<f32>>> {
+    // Lengths of similar size share a table.
+    let key = (rope.clone(), seqlen.next_power_of_two());
+    upload(device, key, |(rope, positions)| {
+        let table = RopeTable::cached(rope, *positions);
+        Ok([&table.cos[..], &table.sin[..]].concat())
+    })
+}
+
+fn upload_alibi(device: &CudaDevice, alibi: &Alibi, seqlen: usize) -> Result<Rc<CudaSlice<f32>>> {
+    upload(device, (alibi.clone(), seqlen), |(alibi, seqlen)| {
+        let num_heads = alibi.slopes.len();
+        let position = PositionEncoding::Alibi(alibi.clone());
+        let table = BiasTable::new(&position, None, num_heads, *seqlen);
+        Ok(table.map(|table| table.values).unwrap_or_default())
+    })
+}
+
+fn upload_buckets(
+    device: &CudaDevice,
+    bias: &RelativeBias,
+    seqlen: usize,
+) -> Result<Rc<CudaSlice<i32>>> {
+    upload(device, (*bias, seqlen), |(bias, seqlen)| {
+        let buckets = distances(*seqlen).map(|distance| bias.bucket(distance));
+        buckets.map(|bucket| int("a bucket", bucket)).collect()
+    })
+}
+
+/// The rows of that view in a storage that begins at `base`.
+fn rows_at(base: *mut c_void, view: View, dtype: DType) -> AttnTensor {
+    AttnTensor {
+        ptr: base.wrapping_byte_add(view.start * dtype.size_in_bytes()),
+        batch_stride: view.batch_stride as i64,
+        row_stride: view.row_stride as i64,
+        head_stride: view.head_stride as i64,
+    }
+}
+
+fn int(name: &str, value: usize) -> Result<i32> {
+    value.try_into().or_else(|_| {
+        bail!(
+            "attention on CUDA: {name} is {value}, more than {}; split the batch",
+            i32::MAX
+        )
+    })
+}

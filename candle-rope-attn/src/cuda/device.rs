@@ -1,0 +1,114 @@
+//! The choice of a GPU, and errors of the driver in words that help.
+
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
+use candle_core::cuda_backend::{CudaError, WrapErr};
+use candle_core::{Device, Error, Result, bail};
+use sys::cudaError_enum as Code;
+
+/// The version of CUDA that this program was built with, as `cuDriverGetVersion` counts: 13020 is
+/// 13.2.
+const BUILT_WITH: i32 = match i32::from_str_radix(env!("ATTN_CUDA_VERSION"), 10) {
+    Ok(version) => version,
+    Err(_) => panic!("the build script sets a number"),
+};
+
+/// The kernels use `cp.async` and bf16 tensor cores.
+const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
+
+/// See [`crate::cuda_device`].
+pub(crate) fn open(ordinal: usize) -> Result<Device> {
+    check_driver()?;
+    let count = CudaContext::device_count().w()?;
+    if ordinal >= count as usize {
+        bail!(
+            "GPU {ordinal} does not exist: CUDA shows {count}, numbered from 0; choose another, or see CUDA_VISIBLE_DEVICES"
+        )
+    }
+    let device = Device::new_cuda(ordinal).map_err(explain)?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let context = stream.context();
+    let (major, minor) = context.compute_capability().w()?;
+    if (major, minor) < MIN_COMPUTE_CAPABILITY {
+        bail!(
+            "GPU {ordinal} ({}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer (A100, RTX 30 series and later); choose another",
+            result::device::get_name(context.cu_device()).w()?,
+            MIN_COMPUTE_CAPABILITY.0,
+            MIN_COMPUTE_CAPABILITY.1,
+        )
+    }
+    if context.has_async_alloc() {
+        keep_freed_memory(context)?;
+    }
+    Ok(device)
+}
+
+/// Starts the driver, and checks that it is new enough.
+fn check_driver() -> Result<()> {
+    if let Err(DriverError(code)) = result::init() {
+        let advice = match code {
+            Code::CUDA_ERROR_NO_DEVICE => {
+                "found no NVIDIA GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+            }
+            Code::CUDA_ERROR_STUB_LIBRARY => {
+                "libcuda.so is a stub for linking; install the NVIDIA driver, or take the stub out of LD_LIBRARY_PATH"
+            }
+            Code::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                "the NVIDIA driver and its libcuda.so are of different versions; reboot, or reinstall the driver"
+            }
+            _ => "see nvidia-smi",
+        };
+        bail!("cannot start the NVIDIA driver: {advice} ({code:?})")
+    }
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .w()?;
+    if version < BUILT_WITH {
+        let show = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        let (has, needs) = (show(version), show(BUILT_WITH));
+        bail!(
+            "the NVIDIA driver supports CUDA {has}, but this program was built with CUDA {needs}; update the driver, or build with a CUDA toolkit of {has} or older"
+        )
+    }
+    Ok(())
+}
+
+/// Lets the device's memory pool keep what is freed. Otherwise the memory goes back to the system
+/// at each synchronisation, and is slow to get again.
+fn keep_freed_memory(context: &CudaContext) -> Result<()> {
+    let mut threshold = u64::MAX;
+    // SAFETY: the device exists, its default pool always does, and the attribute is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
+    }
+}
+
+/// The error, or a clearer one if GPU memory ran out.
+pub(crate) fn explain(error: Error) -> Error {
+    if !is_out_of_memory(&error) {
+        return error;
+    }
+    let room = match result::mem_get_info() {
+        Ok((free, total)) => format!(" ({} of {} MiB free)", free >> 20, total >> 20),
+        Err(_) => String::new(),
+    };
+    Error::msg(format!(
+        "out of GPU memory{room}; use smaller batches, shorter sequences or bf16, or another GPU"
+    ))
+}
+
+fn is_out_of_memory(error: &Error) -> bool {
+    match error {
+        Error::Cuda(error) => matches!(
+            error.downcast_ref(),
+            Some(CudaError::Cuda(DriverError(Code::CUDA_ERROR_OUT_OF_MEMORY)))
+        ),
+        Error::WithBacktrace { inner, .. } | Error::Context { inner, .. } => {
+            is_out_of_memory(inner)
+        }
+        _ => false,
+    }
+}
