@@ -198,7 +198,7 @@ fn wrong_settings_are_named() {
             ["--hidden-size", "33"],
             "hidden_size 33 is not a multiple of num_attention_heads 2",
         ),
-        (["--lr", "-1"], "lr must be positive and finite, got -1"),
+        (["--lr", "0"], "lr must be positive and finite, got 0"),
         (
             ["--batch-size", "0"],
             "batch_size must be at least 1, got 0",
