@@ -10,12 +10,14 @@
 //! `$OUT_DIR/libattn.so` holds the same kernels for programs that are not Rust
 //! (`scripts/build_kernels.sh` says where it is).
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::ffi::OsStr;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::SystemTime;
 use std::{env, fs, thread};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -120,27 +122,22 @@ fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
 
 /// One file to compile.
 struct Unit {
-    source: PathBuf,
     object: PathBuf,
     command: Vec<String>,
-    /// When it, or what it may include, was last changed.
-    changed: SystemTime,
+    /// Length of the file and what it includes.
+    len: usize,
+    /// Hash of that and of the command.
+    state: String,
 }
 
 fn units(sources: &Path, out: &Path, nvcc: &Path) -> Result<Vec<Unit>> {
-    let files = fs::read_dir(sources)?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<Vec<_>>>()?;
-    let (kernels, headers): (Vec<_>, Vec<_>) = files
-        .into_iter()
-        .partition(|file| file.extension() == Some(OsStr::new("cu")));
-    let mut headers_changed = SystemTime::UNIX_EPOCH;
-    for header in &headers {
-        headers_changed = headers_changed.max(fs::metadata(header)?.modified()?);
-    }
     let more_flags = env::var("NVCC_FLAGS").unwrap_or_default();
     let mut units = Vec::new();
-    for source in kernels {
+    for entry in fs::read_dir(sources)? {
+        let source = entry?.path();
+        if source.extension() != Some(OsStr::new("cu")) {
+            continue;
+        }
         let name = source.file_stem().unwrap_or_default().to_string_lossy();
         let object = out.join(format!("{name}.o"));
         let mut command = vec![nvcc.display().to_string()];
@@ -149,17 +146,34 @@ fn units(sources: &Path, out: &Path, nvcc: &Path) -> Result<Vec<Unit>> {
         command.extend(more_flags.split_whitespace().map(String::from));
         command.extend(["-c".into(), source.display().to_string()]);
         command.extend(["-o".into(), object.display().to_string()]);
-        let changed = headers_changed.max(fs::metadata(&source)?.modified()?);
+        let mut texts = BTreeMap::new();
+        read_with_includes(&source, &mut texts)?;
+        let mut hasher = DefaultHasher::new();
+        (&command, &texts).hash(&mut hasher);
         units.push(Unit {
-            source,
             object,
             command,
-            changed,
+            len: texts.values().map(String::len).sum(),
+            state: format!("{:x}", hasher.finish()),
         });
     }
     // The longest first, so that no core idles at the end.
-    units.sort_by_key(|unit| std::cmp::Reverse(fs::metadata(&unit.source).map_or(0, |m| m.len())));
+    units.sort_by_key(|unit| Reverse(unit.len));
     Ok(units)
+}
+
+/// Adds the text of a file and of those it includes, each once.
+fn read_with_includes(file: &Path, texts: &mut BTreeMap<PathBuf, String>) -> Result<()> {
+    if texts.contains_key(file) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(file)?;
+    let included: Vec<_> = (text.lines())
+        .filter_map(|line| line.strip_prefix("#include \"")?.split_once('"'))
+        .map(|(name, _)| file.with_file_name(name))
+        .collect();
+    texts.insert(file.to_path_buf(), text);
+    (included.iter()).try_for_each(|file| read_with_includes(file, texts))
 }
 
 fn architectures(name: &str) -> Vec<String> {
@@ -204,12 +218,11 @@ fn compile_all(units: &[Unit]) -> Result<()> {
 fn compile(unit: &Unit) -> Result<()> {
     // Written after the object, so that an interrupted compilation is repeated.
     let stamp = unit.object.with_extension("stamp");
-    let state = format!("{:?} {:?}", unit.command, unit.changed);
-    if fs::read_to_string(&stamp).is_ok_and(|last| last == state) {
+    if fs::read_to_string(&stamp).is_ok_and(|last| last == unit.state) {
         return Ok(());
     }
     run(Command::new(&unit.command[0]).args(&unit.command[1..]))?;
-    fs::write(&stamp, state)?;
+    fs::write(&stamp, &unit.state)?;
     Ok(())
 }
 

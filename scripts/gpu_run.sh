@@ -12,6 +12,7 @@
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 export LD_LIBRARY_PATH=${CUDA:-/usr/local/cuda}/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export REQUIRE_CUDA=1  # a test that finds no GPU fails
 failed=0
 
 # run NAME COMMAND...: prints what failed at once, and the times.

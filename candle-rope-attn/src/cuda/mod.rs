@@ -7,7 +7,6 @@ mod upload;
 
 use std::ffi::{CStr, c_int, c_void};
 
-use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
 };

@@ -10,7 +10,7 @@ pub mod naive;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
-    Sequences, Window, attention_qkvpacked, attention_qkvpacked_with_bias, reference,
+    Sequences, Window, attention_qkvpacked, attention_qkvpacked_with_bias, cuda_device, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -534,12 +534,14 @@ fn features() -> Vec<(&'static str, Feature)> {
     ]
 }
 
-/// The CPU, and a CUDA device where there is one.
+/// The CPU, and a GPU where there is one. With the environment variable `REQUIRE_CUDA` there must
+/// be.
 pub fn devices() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];
-    match Device::cuda_if_available(0) {
-        Ok(device) if device.is_cuda() => devices.push(device),
-        _ => println!("CUDA: skipped, no device"),
+    match cuda_device(0) {
+        Ok(device) => devices.push(device),
+        Err(error) if std::env::var_os("REQUIRE_CUDA").is_some() => panic!("{error}"),
+        Err(error) => println!("CUDA: skipped, {error}"),
     }
     devices
 }
