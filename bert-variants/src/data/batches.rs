@@ -127,13 +127,17 @@ impl Batches {
     /// depend on the seed. The last batch may be smaller.
     ///
     /// # Errors
-    /// As [`Batches::training`].
+    /// As [`Batches::training`], and when `max_chunks` is 0.
     pub fn evaluation(
         dataset: Arc<TokenDataset>,
         tokenizer: &Tokenizer,
         config: BatchConfig,
         max_chunks: usize,
     ) -> Result<Self> {
+        ensure!(
+            max_chunks > 0,
+            "an evaluation needs at least one sequence, got 0"
+        );
         let config = BatchConfig {
             seed: EVALUATION_SEED,
             ..config
@@ -853,6 +857,9 @@ mod tests {
                 .contains("mask_rate")
             );
         }
+        let none =
+            Batches::evaluation(data.train.clone(), &data.tokenizer, base.clone(), 0).unwrap_err();
+        assert!(none.to_string().contains("at least one sequence"), "{none}");
         let vocab = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n";
         let other = Tokenizer::from_vocab(vocab, None).unwrap();
         let error = Batches::training(data.train.clone(), &other, base)
