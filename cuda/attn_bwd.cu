@@ -38,8 +38,11 @@
 //      1.04.
 //   7. A minimum of 1 block per multiprocessor in __launch_bounds__: without it the compiler
 //      spills in dq at head_dim 64, 1.11 and 1.10.
+#include <algorithm>
+
 #include "bias.cuh"
 #include "dropout.cuh"
+#include "sm90.cuh"
 
 namespace attn {
 
@@ -467,8 +470,10 @@ __global__ void __launch_bounds__(kGroupThreads)
   }
 }
 
+// Room for the statistics of this path or of the Hopper kernels.
 inline size_t stats_bytes(const AttnParams& p) {
-  return (static_cast<size_t>(p.total_tokens) * p.num_heads * sizeof(RowStats) + 255) / 256 * 256;
+  const size_t bytes = static_cast<size_t>(p.total_tokens) * p.num_heads * sizeof(RowStats);
+  return std::max((bytes + 255) / 256 * 256, bwd_sm90_stats_bytes(p));
 }
 
 inline size_t block_buckets_bytes(const AttnParams& p) {
@@ -516,12 +521,15 @@ template <class T>
 int bwd(const AttnParams& params) {
   BwdParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o, &p.d_o, &p.dq, &p.dk, &p.dv});
+  const bool hopper = suits_sm90(p, {&p.q, &p.k, &p.v, &p.o, &p.d_o});
   char* workspace = static_cast<char*>(p.workspace);
-  p.stats = reinterpret_cast<RowStats*>(workspace);
+  if (!hopper) {
+    p.stats = reinterpret_cast<RowStats*>(workspace);
+    const int64_t blocks = p.group_grid(kStatsRows);
+    ATTN_RETURN_IF(launch(p.vec ? stats_kernel<T, kChunk<T>> : stats_kernel<T, 1>, blocks,
+                          kGroupThreads, 0, p.stream, p));
+  }
   workspace += stats_bytes(p);
-  const int64_t blocks = p.group_grid(kStatsRows);
-  ATTN_RETURN_IF(launch(p.vec ? stats_kernel<T, kChunk<T>> : stats_kernel<T, 1>, blocks,
-                        kGroupThreads, 0, p.stream, p));
   if (p.rope_cos != nullptr) {
     for (AttnTensor* t : {&p.q, &p.k}) {
       const AttnTensor rotated = workspace_tensor(p, workspace);
@@ -530,6 +538,7 @@ int bwd(const AttnParams& params) {
       workspace += workspace_tensor_bytes(p);
     }
   }
+  if (hopper) return bwd_sm90(p);
   p.block_buckets = reinterpret_cast<float*>(workspace);
   return for_head_dim(p, [&]<int D>() -> int {
     if (p.bias_or_dropout()) {

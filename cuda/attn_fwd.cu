@@ -30,6 +30,7 @@
 // rotating q in its block 0.025 ms.
 #include "bias.cuh"
 #include "dropout.cuh"
+#include "sm90.cuh"
 #include "softmax.cuh"
 
 namespace attn {
@@ -164,6 +165,7 @@ int fwd(const AttnParams& params) {
     ATTN_RETURN_IF(rotate<T>(p, p.k, rotated));
     p.k = rotated;
   }
+  if (suits_sm90(p, {&p.q, &p.k, &p.v})) return fwd_sm90(p);
   return for_head_dim(p, [&]<int D>() {
     using S = FwdShape<T, D>;
     const int64_t blocks = p.grid(S::kM);

@@ -1,0 +1,446 @@
+// Attention on Hopper, forward: o = softmax(scale * rope(q) rope(k)^T + mask) v, and lse.
+//
+//   one thread block a multiprocessor; for each block of queries in its share of the work:
+//     one producer thread:
+//       announce the block; load q (TMA)
+//       for each tile of keys that the block sees: load k, v into a ring of stages (TMA)
+//     each consumer warpgroup, for its 64 queries:
+//       if RoPE, rotate q in shared memory (k comes rotated)
+//       s = q k_0^T; p = softmax numerators of s; l = rowsum p
+//       for each further tile j:
+//         in turn with the other warpgroups: start s = q k_j^T, start o += p v_(j-1)
+//         await s; where a limit crosses the tile, masked s = -inf
+//         if some s may exceed its row's offset by 2^8: raise offsets to the maxima
+//         p = exp(s - offset); l += rowsum p          (beside the product with v_(j-1))
+//         await o; if offsets were raised: o, l *= exp(old - new)
+//       o += p v_last; o /= l; lse = offset + ln l; a row that saw no key gets o = 0, lse = -inf
+//
+// (FlashAttention-3, Shah et al. 2024, https://arxiv.org/abs/2407.08608, algorithms 1 and 2, with
+// turns instead of its ping-pong of two, and a softmax that rarely needs row maxima.)
+//
+// What made it fast; TFLOP/s on one H100, bf16, head_dim 64, at sequence lengths 512, 2048 and 8192
+// (README.md compares with cuDNN):
+//   1. Offsets that need no maxima. exp(s - offset) is exact for any offset near the maximum, so a
+//      tile only has to tell that no score exceeds the offset by much. As integers, positive floats
+//      order like floats and negative ones stay below them, and VIMNMX3 takes the maximum of three:
+//      32 instructions a tile and warp instead of 64, no shuffles. With uniform addresses (3.) a
+//      tile takes 400 instructions a warp; others count 610 of a kernel of theirs and 620 of
+//      cuDNN's (github.com/gabrieldemarmiesse/torch-mojo-backend/pull/391).
+//   2. Turns: a warpgroup starts its products only when the one before it has started its own, so
+//      that one's products run beside the others' exponentials: 374, 489, 536 -> 401, 530, 574.
+//   3. Exponentials before the wait for the product beside them (the compiler moves the wait up
+//      unless a branch is in its way), addresses in uniform registers, blocks decoded by the
+//      producer: 341, 467, 522 -> 376, 507, 574.
+//   4. s of a tile beside o += p v of the tile before, in one warpgroup: 365, 472, 524 -> 374, 489,
+//      536.
+//   5. Causal blocks in pairs of equal length, instead of the longest first: causal head_dim 128 at
+//      2048 376 -> 610; head_dim 64 415 -> 441.
+#include "sm90_common.cuh"
+#include "softmax.cuh"
+
+namespace attn {
+
+using namespace hopper;
+
+// kGroups warpgroups of 64 queries each, with kRegisters a thread, share tiles of kN keys in
+// kStages buffers.
+template <int D>
+struct FwdSm90Config;
+template <>
+struct FwdSm90Config<64> {
+  static constexpr int kGroups = 3, kRegisters = 160, kN = 128, kStages = 5;
+};
+template <>
+struct FwdSm90Config<128> {
+  static constexpr int kGroups = 2, kRegisters = 240, kN = 128, kStages = 2;
+};
+
+template <int D>
+struct FwdSm90 : FwdSm90Config<D> {
+  using C = FwdSm90Config<D>;
+  static constexpr int kM = 64 * C::kGroups, kConsumers = 128 * C::kGroups;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kQ = kM * D, kTile = C::kN * D;  // elements
+};
+
+// One block of queries, as the producer announces it to the consumers.
+struct Item {
+  int q0;  // -1: no more work
+  int head, batch;
+  int k_begin, k_end;  // multiples of the tile size around the keys that the block sees
+  int len, key_end;    // of the sequence
+  int64_t first_row;
+};
+
+template <class T, int D>
+struct FwdShared {
+  using S = FwdSm90<D>;
+  static constexpr int kStages = S::kStages;
+  T q[2][S::kQ], k[kStages][S::kTile], v[kStages][S::kTile];
+  Item item[2];
+  Barrier q_full[2], q_empty[2];
+  Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+
+  __device__ __forceinline__ static FwdShared& get() {
+    extern __shared__ __align__(1024) char smem[];
+    return *reinterpret_cast<FwdShared*>(smem);
+  }
+};
+
+struct FwdSm90Params : Sm90Params {
+  CUtensorMap q_map, k_map, v_map;
+  explicit FwdSm90Params(const KernelParams& p, int rows) : Sm90Params(p, rows) {}
+};
+
+template <int kM, int kN>
+__device__ __forceinline__ Item make_item(const Sm90Params& p, const Place& place) {
+  const Sequence seq = sequence(p, place.batch);
+  const Window window(p);
+  Item item;
+  item.q0 = place.block * kM;
+  item.head = place.head;
+  item.batch = place.batch;
+  item.k_begin = window.first_key(item.q0) / kN * kN;
+  item.k_end = ceil_div(min(seq.key_end, window.end_key(item.q0, kM)), kN) * kN;
+  item.len = seq.len;
+  item.key_end = seq.key_end;
+  item.first_row = seq.first_row;
+  return item;
+}
+
+// Online softmax of a thread's two rows. Offsets are in log2 units, -inf before the first key.
+struct LazySoftmax {
+  float offset[2], sum[2];
+  int limit[2];  // bits of the greatest score that needs no new offset, or INT_MIN: ask the maximum
+
+  __device__ __forceinline__ LazySoftmax() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      offset[h] = -INFINITY;
+      sum[h] = 0.0f;
+      limit[h] = INT_MIN;
+    }
+  }
+
+  // Whether some score of the warp's rows may exceed its row's offset by more than 2^kSlack.
+  template <int NT>
+  __device__ __forceinline__ bool exceeds(const float (&s)[NT][4]) const {
+    int best[2] = {INT_MIN, INT_MIN};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        best[h] = __vimax3_s32(best[h], __float_as_int(s[n][2 * h]),
+                               __float_as_int(s[n][2 * h + 1]));
+      }
+    }
+    return __any_sync(0xffffffffu, best[0] > limit[0] || best[1] > limit[1]);
+  }
+
+  // Raises offsets to the maxima; shrink is what sums (done here) and o must be multiplied by.
+  template <int NT>
+  __device__ __forceinline__ void raise(const float (&s)[NT][4], float (&shrink)[2],
+                                        float scale_log2) {
+    constexpr float kSlack = 8.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float best = s[0][2 * h];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) best = fmaxf(best, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      best = fmaxf(offset[h], quad_max(best) * scale_log2);
+      shrink[h] = best == -INFINITY ? 1.0f : exp2_approx(offset[h] - best);
+      offset[h] = best;
+      sum[h] *= shrink[h];
+      const float most = __fdividef(best + kSlack, scale_log2);
+      limit[h] = most >= 0.0f ? __float_as_int(most) : INT_MIN;
+    }
+  }
+
+  // Turns the scores of columns 8 * kBegin to 8 * kEnd into exp(score - offset), and adds them up.
+  template <int kBegin, int kEnd, int NT>
+  __device__ __forceinline__ void exponentiate(float (&s)[NT][4], float scale_log2) {
+#pragma unroll
+    for (int n = kBegin; n < kEnd; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float subtract = offset[i / 2] == -INFINITY ? 0.0f : offset[i / 2];
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -subtract));
+        sum[i / 2] += s[n][i];
+      }
+    }
+  }
+};
+
+template <class T, int D>
+__device__ __forceinline__ void produce(const FwdSm90Params& p) {
+  using S = FwdSm90<D>;
+  auto& shared = FwdShared<T, D>::get();
+  Ring<S::kStages> ring;
+  Ring<2> q_ring;
+  for (Place place(p); place.valid; place.next(p)) {
+    const Item item = make_item<S::kM, S::kN>(p, place);
+    if (item.q0 >= item.len) continue;
+    const int row0 = static_cast<int>(item.first_row);
+    const int batch = p.cu_seqlens != nullptr ? 0 : item.batch;
+
+    wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
+    shared.item[q_ring.stage] = item;
+    Barrier* const q_full = shared.q_full + q_ring.stage;
+    arrive_expect(q_full, S::kQ * 2);
+#pragma unroll
+    for (int c = 0; c < D / 64; ++c) {
+      tma_load(shared.q[q_ring.stage] + c * S::kM * 64, p.q_map, q_full, c * 64, item.head,
+               row0 + item.q0, batch);
+    }
+    q_ring.next();
+    for (int k0 = item.k_begin; k0 < item.k_end; k0 += S::kN) {
+      auto load = [&](auto& tiles, const CUtensorMap& map, Barrier* full, Barrier* empty) {
+        wait(empty + ring.stage, ring.parity ^ 1);
+        arrive_expect(full + ring.stage, S::kTile * 2);
+#pragma unroll
+        for (int c = 0; c < D / 64; ++c) {
+          tma_load(tiles[ring.stage] + c * S::kN * 64, map, full + ring.stage, c * 64, item.head,
+                   row0 + k0, batch);
+        }
+      };
+      load(shared.k, p.k_map, shared.k_full, shared.k_empty);
+      load(shared.v, p.v_map, shared.v_full, shared.v_empty);
+      ring.next();
+    }
+  }
+  wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
+  shared.item[q_ring.stage].q0 = -1;
+  arrive(shared.q_full + q_ring.stage);
+}
+
+template <class T, int D>
+__device__ __forceinline__ void consume(const FwdSm90Params& p) {
+  using S = FwdSm90<D>;
+  constexpr int kN = S::kN, NT = kN / 8, kStages = S::kStages;
+  auto& shared = FwdShared<T, D>::get();
+  // Known to be the same for all lanes.
+  const int warp = __shfl_sync(~0u, warp_id(), 0), group = warp / 4, group_row = group * 64;
+  const int warp_row = warp * 16, lane = lane_id();
+  const Window window(p);
+  const Rope rope(p);
+  const float scale_log2 = p.softmax_scale * kLog2e;
+  Ring<kStages> ring;
+  Ring<2> q_ring;
+  auto release = [&](Barrier* b) {
+    if (lane == 0) arrive(b);
+  };
+
+  // Warpgroups take turns at the tensor cores.
+  auto turn = [&](auto&& work) {
+    sync_group(1 + S::kGroups + group, 256);
+    work();
+    arrive_group(1 + S::kGroups + (group + 1) % S::kGroups, 256);
+  };
+  if (group == S::kGroups - 1) arrive_group(1 + S::kGroups, 256);
+
+  for (;;) {
+    wait(shared.q_full + q_ring.stage, q_ring.parity);
+    const Item& item = shared.item[q_ring.stage];
+    const int q0 = item.q0;
+    if (q0 < 0) break;
+    const int group_q0 = q0 + group_row, warp_q0 = q0 + warp_row;
+    const int len = item.len, key_end = item.key_end, k_end = item.k_end;
+    const uint8_t* const key_mask =
+        p.key_mask != nullptr ? p.key_mask + int64_t{item.batch} * p.seqlen : nullptr;
+    // Of the block's keys, those that the warpgroup sees, those before any padding, those that the
+    // thread's two rows see, and those that all rows of the warp see.
+    const int own_end = group_q0 < len ? min(k_end, window.end_key(group_q0, 64)) : 0;
+    const int clean_end = key_mask != nullptr ? 0 : key_end;
+    const int row = warp_q0 + lane / 4;
+    const int lo[] = {row - window.left, row + 8 - window.left};
+    const int hi[] = {min(row + window.right + 1, key_end), min(row + window.right + 9, key_end)};
+    const int all_begin = warp_q0 + 15 - window.left;
+    const int all_end = min(clean_end, warp_q0 + window.right + 1);
+    T* const q = shared.q[q_ring.stage];
+    if (rope.cos != nullptr) {
+      rotate_rows<T, D, S::kM>(q, rope, group_row, group_q0, len);
+      fence_async();
+      sync_group(1 + group, 128);
+    }
+    const uint32_t q_desc = descriptor(q + group_row * 64);
+
+    float out[D / 8][4] = {};
+    LazySoftmax softmax;
+    // Starts s = q k^T for the ring's tile. `ready`: it is known to have landed.
+    auto scores = [&](float (&s)[NT][4], bool ready) {
+      if (!ready) wait(shared.k_full + ring.stage, ring.parity);
+      const uint32_t k_desc = descriptor(shared.k[ring.stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const int column = k / 4, step = k % 4 * 32;
+        wgmma<T, false, false>(flat(s), advance(q_desc, column * S::kM * 128 + step),
+                               advance(k_desc, column * kN * 128 + step), k != 0);
+      }
+      wgmma_commit();
+    };
+    // Starts out += probs v for the tile at k0.
+    auto weigh = [&](const uint32_t (&probs)[kN / 16][4], const Ring<kStages>& at, int k0,
+                     bool ready) {
+      if (!ready) wait(shared.v_full + at.stage, at.parity);
+      T* const v = shared.v[at.stage];
+      if (k0 + kN > clean_end) {
+        zero_padding<T, D, kN>(v, 0, kN, key_mask, key_end, k0);
+        fence_async();
+        sync_group(1 + group, 128);
+      }
+      const uint32_t v_desc = descriptor(v, kN * 128);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kN / 16; ++k) {
+        wgmma<T, true>(flat(out), probs[k], advance(v_desc, k * 16 * 128), true);
+      }
+      wgmma_commit();
+    };
+    auto mask = [&](float (&s)[NT][4], int k0) {
+      if (k0 < all_begin || k0 + kN > all_end) {
+        mask_tile(s, lo, hi, key_mask, k0, -INFINITY);
+      }
+    };
+    auto scale_out = [&](const float (&shrink)[2]) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][i] *= shrink[i / 2];
+      }
+    };
+
+    int k0 = item.k_begin;
+    if (k0 < own_end) {
+      constexpr int kFirst = NT * 3 / 4;
+      uint32_t probs[kN / 16][4];
+      float s[NT][4], shrink[2];
+      turn([&] { scores(s, false); });
+      wgmma_wait<0>();
+      pin(flat(s));
+      release(shared.k_empty + ring.stage);
+      mask(s, k0);
+      softmax.raise(s, shrink, scale_log2);
+      softmax.template exponentiate<0, NT>(s, scale_log2);
+      to_operand<T>(probs, s);
+      bool k_ready = false, v_ready = false;
+      for (k0 += kN; k0 < own_end; k0 += kN) {
+        const Ring<kStages> before = ring;
+        ring.next();
+        pin(flat(out));
+        turn([&] {
+          scores(s, k_ready);
+          weigh(probs, before, k0 - kN, v_ready);
+        });
+        wgmma_wait<1>();
+        pin(flat(s));
+        release(shared.k_empty + ring.stage);
+        mask(s, k0);
+        const bool exceeds = softmax.exceeds(s);
+        if (exceeds) softmax.raise(s, shrink, scale_log2);
+        Ring<kStages> next = ring;
+        next.next();
+        k_ready = is_over(shared.k_full + next.stage, next.parity);
+        v_ready = is_over(shared.v_full + ring.stage, ring.parity);
+        softmax.template exponentiate<0, kFirst>(s, scale_log2);
+        pin(flat(s));
+        // Two ways to wait, or the compiler would move the wait before the exponentials.
+        if (exceeds) {
+          wgmma_wait<0>();
+          pin(flat(out));
+          scale_out(shrink);
+        } else {
+          asm volatile("wgmma.wait_group.sync.aligned 0; // no rescaling" ::: "memory");
+          pin(flat(out));
+        }
+        release(shared.v_empty + before.stage);
+        softmax.template exponentiate<kFirst, NT>(s, scale_log2);
+        to_operand<T>(probs, s);
+      }
+      pin(flat(out));
+      turn([&] { weigh(probs, ring, k0 - kN, v_ready); });
+      wgmma_wait<0>();
+      pin(flat(out));
+      release(shared.v_empty + ring.stage);
+      ring.next();
+    } else if (k0 < k_end) {
+      turn([] {});
+    }
+    // Tiles that only other warpgroups see.
+    for (; k0 < k_end; k0 += kN) {
+      turn([] {});
+      wait(shared.k_full + ring.stage, ring.parity);
+      release(shared.k_empty + ring.stage);
+      wait(shared.v_full + ring.stage, ring.parity);
+      release(shared.v_empty + ring.stage);
+      ring.next();
+    }
+
+    // All warps of the group are done with q: the output goes through its place.
+    sync_group(1 + group, 128);
+    const bool varlen = p.cu_seqlens != nullptr;
+    const int64_t row0 = varlen ? item.first_row : int64_t{item.batch} * p.num_heads * p.seqlen;
+    float* const lse = p.lse + row0 + item.head * (varlen ? p.total_tokens : int64_t{p.seqlen});
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(softmax.sum[h]);
+      inverse[h] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+      if (lane % 4 == 0 && row + 8 * h < len) {
+        lse[row + 8 * h] = sum == 0.0f ? -INFINITY : softmax.offset[h] * kLn2 + logf(sum);
+      }
+    }
+    store_rows<T, D, S::kM>(q, warp_row, out, inverse,
+                            head_ptr<T>(p.o, item.batch, item.head, item.first_row),
+                            p.o.row_stride, warp_q0, len);
+    fence_async();
+    __syncwarp();
+    release(shared.q_empty + q_ring.stage);
+    q_ring.next();
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(FwdSm90<D>::kThreads, 1)
+    fwd_sm90_kernel(const __grid_constant__ FwdSm90Params p) {
+  using S = FwdSm90<D>;
+  constexpr int kStages = S::kStages;
+  auto& shared = FwdShared<T, D>::get();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(shared.q_full + i, 1);
+      init_barrier(shared.q_empty + i, 4 * S::kGroups);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(shared.k_full + i, 1);
+      init_barrier(shared.v_full + i, 1);
+      init_barrier(shared.k_empty + i, 4 * S::kGroups);
+      init_barrier(shared.v_empty + i, 4 * S::kGroups);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x >= S::kConsumers) {
+    give_registers<24>();
+    if (threadIdx.x == S::kConsumers) produce<T, D>(p);
+  } else {
+    take_registers<S::kRegisters>();
+    consume<T, D>(p);
+  }
+}
+
+template <class T, int D>
+int fwd(const KernelParams& params) {
+  using S = FwdSm90<D>;
+  FwdSm90Params p(params, S::kM);
+  ATTN_RETURN_IF(tile_map(p, p.q, S::kM, p.q_map));
+  ATTN_RETURN_IF(tile_map(p, p.k, S::kN, p.k_map));
+  ATTN_RETURN_IF(tile_map(p, p.v, S::kN, p.v_map));
+  return launch_persistent(fwd_sm90_kernel<T, D>, S::kThreads, sizeof(FwdShared<T, D>), p);
+}
+
+int fwd_sm90(const KernelParams& p) {
+  return for_sm90(p, [&]<class T, int D>() { return fwd<T, D>(p); });
+}
+
+}  // namespace attn

@@ -1,0 +1,249 @@
+// What the Hopper kernels of both directions share: descriptions of tensors, the order of work, and
+// operations on tiles and accumulators.
+#pragma once
+
+#include <algorithm>
+
+#include "hopper.cuh"
+#include "sm90.cuh"
+
+namespace attn {
+
+// Calls f.template operator()<T, D>() for the element type and head_dim.
+template <class F>
+int for_sm90(const AttnParams& p, F&& f) {
+  const auto for_width = [&]<class T>() {
+    return p.head_dim == 64 ? f.template operator()<T, 64>() : f.template operator()<T, 128>();
+  };
+  return p.dtype == ATTN_BF16 ? for_width.template operator()<bf16>()
+                              : for_width.template operator()<f16>();
+}
+
+// Describes a 16-bit tensor to the TMA, in boxes of `rows` rows and 64 columns of one head, with
+// dimensions (column, head, row, batch).
+inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensorMap& map) {
+  static const auto encode = [] {
+    void* f = nullptr;
+#if CUDART_VERSION >= 12050
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                     &found);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault);
+#endif
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
+  }();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const bool packed = p.cu_seqlens != nullptr;
+  const auto dim = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t dims[] = {dim(p.head_dim), dim(p.num_heads),
+                             dim(packed ? p.total_tokens : p.seqlen), dim(packed ? 1 : p.batch)};
+  // An axis of one entry may come with any stride, 0 among them.
+  const auto bytes = [&](int64_t stride, int axis) {
+    return dim(dims[axis] == 1 ? 16 : stride * 2);
+  };
+  const cuuint64_t strides[] = {bytes(t.head_stride, 1), bytes(t.row_stride, 2),
+                                bytes(t.batch_stride, 3)};
+  const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(rows), 1}, steps[] = {1, 1, 1, 1};
+  const CUresult code =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, t.ptr, dims, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return code == CUDA_SUCCESS ? ATTN_OK : static_cast<int>(cudaErrorInvalidValue);
+}
+
+// ---- Work --------------------------------------------------------------------------------------
+
+// Blocks are persistent, one a multiprocessor, and take units of work in turn. Without causality a
+// unit is one block of rows of one head; with it, a block of one head and the block as far from the
+// other end of the next head (the unit's second part), so that all units take equally long.
+struct Sm90Params : KernelParams {
+  int parts, units;
+
+  Sm90Params(const KernelParams& p, int rows) : KernelParams(p), parts(p.causal ? 2 : 1), units() {
+    blocks = ceil_div(seqlen, rows);
+    const int64_t count = (int64_t{num_heads} * batch + parts - 1) / parts * blocks;
+    units = count <= INT32_MAX / 2 ? static_cast<int>(count) : -1;
+  }
+};
+
+// The block, head and sequence that a thread block works on.
+struct Place {
+  int unit, part, block, head, batch;
+  bool valid;
+
+  __device__ __forceinline__ explicit Place(const Sm90Params& p) : unit(blockIdx.x), part(-1) {
+    next(p);
+  }
+
+  __device__ __forceinline__ void next(const Sm90Params& p) {
+    int any_head;
+    do {
+      if (++part == p.parts) {
+        part = 0;
+        unit += gridDim.x;
+      }
+      any_head = unit / p.blocks * p.parts + part;
+    } while (unit < p.units && any_head >= p.num_heads * p.batch);
+    valid = unit < p.units;
+    block = part == 0 ? p.blocks - 1 - unit % p.blocks : unit % p.blocks;
+    head = any_head % p.num_heads;
+    batch = any_head / p.num_heads;
+  }
+};
+
+template <class Kernel, class Params>
+int launch_persistent(Kernel kernel, int threads, size_t smem, const Params& p) {
+  if (p.units < 0) return ATTN_ERR_SIZE;
+  int device, count;
+  ATTN_RETURN_IF(cudaGetDevice(&device));
+  ATTN_RETURN_IF(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return launch(kernel, std::min(count, p.units), threads, smem, p.stream, p);
+}
+
+// ---- Tiles and accumulators --------------------------------------------------------------------
+
+namespace hopper {
+
+// Flattens accumulators for wgmma.
+template <int NT>
+__device__ __forceinline__ float (&flat(float (&s)[NT][4]))[NT * 4] {
+  return reinterpret_cast<float(&)[NT * 4]>(s);
+}
+
+// Rotates the 64 rows of a warpgroup in place.
+template <class T, int D, int kRows>
+__device__ __forceinline__ void rotate_rows(T* tile, const Rope& rope, int row0, int pos0,
+                                            int end) {
+  constexpr int W = 8, kUnits = D / 2 / W;
+  for (int index = threadIdx.x % 128; index < 64 * kUnits; index += 128) {
+    const int r = index / kUnits, pair0 = index % kUnits * W;
+    if (pos0 + r >= end) break;
+    T* run0 = tile + swizzled<kRows>(row0 + r, rope.column(pair0, 0, W));
+    T* run1 = tile + swizzled<kRows>(row0 + r, rope.column(pair0, 1, W));
+    const Rope::Turn<W> turn(rope, pos0 + r, pair0, false);
+    float x[2][W];
+    load_vec<T, W>(x[0], run0);
+    load_vec<T, W>(x[1], run1);
+    turn.apply(x);
+    store_vec<T, W>(run0, x[0]);
+    store_vec<T, W>(run1, x[1]);
+  }
+}
+
+// Zeroes those of a tile's rows row0 to row0 + count (keys k0 and on) that are padding and so may
+// hold anything: 0 * NaN must not reach a result. A warpgroup together; mask is null or the
+// sequence's.
+template <class T, int D, int kRows>
+__device__ __forceinline__ void zero_padding(T* tile, int row0, int count, const uint8_t* mask,
+                                             int key_end, int k0) {
+  for (int r = threadIdx.x % 128; r < count; r += 128) {
+    if (k0 + r < key_end && (mask == nullptr || mask[k0 + r] != 0)) continue;
+#pragma unroll
+    for (int col = 0; col < D; col += 8) {
+      *reinterpret_cast<uint4*>(tile + swizzled<kRows>(row0 + r, col)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+// Sets x to `value` outside columns lo[h] to hi[h] of a thread's row h, and in columns whose
+// `valid` (may be null) is 0. Columns count from `column0`, which is that of x[0]; `valid` has all
+// below every hi.
+template <int NT>
+__device__ __forceinline__ void mask_tile(float (&x)[NT][4], const int (&lo)[2], const int (&hi)[2],
+                                          const uint8_t* valid, int column0, float value) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int w = 0; w < NT / 4; ++w) {
+    const int base = column0 + 32 * w;
+    uint32_t all = ~0u;
+    if (valid != nullptr) {
+      const int end = __reduce_max_sync(~0u, max(hi[0], hi[1]));
+      all = __ballot_sync(~0u, base + lane < end && valid[base + lane] != 0);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int first = max(lo[h] - base, 0), end = min(hi[h] - base, 32);
+      uint32_t bits = first < end ? all >> first << first : 0;
+      bits = bits << (32 - max(end, 1)) >> (32 - max(end, 1)) >> lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (!(bits >> (i / 2 * 8 + i % 2) & 1)) x[4 * w + i / 2][2 * h + i % 2] = value;
+      }
+    }
+  }
+}
+
+// Rounds accumulators to the A operands of the next product.
+template <class T, int K, int NT>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[K][4], const float (&s)[NT][4]) {
+  static_assert(NT == 2 * K, "16 columns an operand");
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[k][i] = pack<T>(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+    }
+  }
+}
+
+// Rotates accumulators back, in f32; a thread's first row is at position pos0 + lane / 4.
+template <int D>
+__device__ __forceinline__ void rotate_back(float (&x)[D / 8][4], const Rope& rope, int pos0,
+                                            int end) {
+  const int lane = lane_id(), t = lane % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int pos = pos0 + 8 * h + lane / 4;
+    if (pos >= end) continue;
+    const int64_t row = static_cast<int64_t>(pos) * (D / 2);
+    auto turn = [&](float& a, float& b, int pair) {
+      const float c = __ldg(rope.cos + row + pair), s = __ldg(rope.sin + row + pair);
+      const float ra = a * c + b * s;
+      b = b * c - a * s;
+      a = ra;
+    };
+    if (rope.interleaved) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) turn(x[n][2 * h], x[n][2 * h + 1], 4 * n + t);
+    } else {
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        const int n = i / 2, e = i % 2;
+        turn(x[n][2 * h + e], x[n + D / 16][2 * h + e], 8 * n + 2 * t + e);
+      }
+    }
+  }
+}
+
+// Writes accumulators of 16 rows, row h of a thread's two times factor[h], to rows row0 .. of out
+// (a [*, D] matrix), except rows from end on, by way of the warp's own rows of a tile in shared
+// memory.
+template <class T, int D, int kRows>
+__device__ __forceinline__ void store_rows(T* tile, int tile_row, const float (&x)[D / 8][4],
+                                           const float (&factor)[2], T* out, int64_t row_stride,
+                                           int row0, int end) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int n = 0; n < D / 8; n += 2) {
+    stmatrix(smem_address(tile + swizzled<kRows>(tile_row + lane % 16, n * 8 + lane / 16 * 8)),
+             pack<T>(x[n][0] * factor[0], x[n][1] * factor[0]),
+             pack<T>(x[n][2] * factor[1], x[n][3] * factor[1]),
+             pack<T>(x[n + 1][0] * factor[0], x[n + 1][1] * factor[0]),
+             pack<T>(x[n + 1][2] * factor[1], x[n + 1][3] * factor[1]));
+  }
+  __syncwarp();
+  constexpr int kLanes = D / 8, kStep = 32 / kLanes;  // lanes of a row, rows of a pass
+#pragma unroll
+  for (int r = 0; r < 16; r += kStep) {
+    const int row = r + lane / kLanes, col = lane % kLanes * 8;
+    const uint4 chunk =
+        *reinterpret_cast<const uint4*>(tile + swizzled<kRows>(tile_row + row, col));
+    if (row0 + row < end) {
+      *reinterpret_cast<uint4*>(out + (row0 + row) * row_stride + col) = chunk;
+    }
+  }
+}
+
+}  // namespace hopper
+}  // namespace attn
