@@ -337,6 +337,12 @@ def cases(sanitize):
             add(dtype=dtype, d=d, lens=[150, 150], layout=layout, rope="interleaved")
             add(dtype=dtype, d=d, lens=[33, 90], seqs="cu_seqlens", layout=layout, rope="half")
         add(dtype=dtype, d=d, lens=[1000], causal=True, heads=3)
+        if d in (64, 128) and dtype != "f32":
+            # More blocks of work than a persistent kernel has thread blocks.
+            for causal in (False, True):
+                add(dtype=dtype, d=d, lens=[385] * 8, heads=40, causal=causal, rope="half")
+                add(dtype=dtype, d=d, lens=[1, 500, 0, 65, 200, 127, 300, 64, 129], heads=40,
+                    seqs="cu_seqlens", causal=causal)
         add(dtype=dtype, d=d, lens=[1024], rope="half")
         for scale in (-0.3, 0.0, 1.5):
             add(dtype=dtype, d=d, lens=[100], scale=scale)
@@ -438,25 +444,24 @@ def check(lib, sanitize):
     return failed
 
 
-def median_ms(fn, repeats=7):
-    """Median time of one call, of calls enqueued back to back."""
-    fn()
-    torch.cuda.synchronize()
+def median_ms(fns, repeats=7):
+    """Median time of one call of each function, of calls enqueued back to back. The functions take
+    turns, so that a clock that slows down as the device heats up slows all of them alike."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    fn()
-    end.record()
-    torch.cuda.synchronize()
-    calls = max(3, min(40, int(8 / max(start.elapsed_time(end), 0.02))))
-    times = []
-    for _ in range(repeats):
+
+    def time(fn, calls):
         start.record()
         for _ in range(calls):
             fn()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
+        return start.elapsed_time(end) / calls
+
+    for fn in fns:
+        time(fn, 1)
+    calls = [max(2, min(20, int(4 / max(time(fn, 1), 0.02)))) for fn in fns]
+    times = [[time(*pair) for pair in zip(fns, calls)] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times)]
 
 
 def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
@@ -464,47 +469,52 @@ def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import torch.nn.functional as F
     compiled = torch.compile(rotate, dynamic=False) if with_rope else None
-    print("bf16, 16384 tokens, width 2048; TFLOP/s fwd / bwd; x = ours / FA2")
+    print("bf16, 16384 tokens, width 2048; TFLOP/s fwd / bwd; x = ours / a peer")
     for d, causal, n in itertools.product(head_dims, map(bool, causals), lengths):
         torch._dynamo.reset()  # else the number of shapes exceeds its limit
         heads, batch = 2048 // d, 16384 // n
         flop = 4 * batch * heads * n * n * d * (0.5 if causal else 1)
         shape = (batch, n, heads, d)
         q, k, v, g = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-        o, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
-        lse = torch.empty(batch, heads, n, device="cuda")
+        dq, dk, dv = (torch.empty_like(q) for _ in range(3))
         rope = rope_tables(n, d)
-        row = {}
+        fns = {}
         for name in ("ours", "ours+rope"):
             a = Attention(lib, q, k, v, causal=causal, rope=rope if "rope" in name else None)
+            o, lse = torch.empty_like(q), torch.empty(batch, heads, n, device="cuda")
             a.params.lse = lse.data_ptr()
             a.set(o=o, d_o=g, dq=dq, dk=dk, dv=dv)
+            a.keep.append(lse)
             a.workspace("attn_bwd")  # at least as large as the forward's
-            row[name] = [median_ms(lambda w=w: a.call(w)) for w in ("attn_fwd", "attn_bwd")]
+            fns[name] = [lambda a=a, which=which: a.call(which) for which in ("attn_fwd", "attn_bwd")]
         backends = {"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
         for name, backend in backends.items() if peers else ():
             for roped in ((False, True) if with_rope else (False,)):
                 leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
-                def attention():
+                def attention(leaves=leaves, backend=backend, roped=roped):
                     x = [compiled(t, *rope, False) for t in leaves[:2]] if roped else leaves[:2]
                     x = [t.transpose(1, 2) for t in (*x, leaves[2])]
-                    return F.scaled_dot_product_attention(*x, is_causal=causal)
+                    with sdpa_kernel(backend):
+                        return F.scaled_dot_product_attention(*x, is_causal=causal)
 
-                with sdpa_kernel(backend):
+                def forward(attention=attention):
                     with torch.no_grad():
-                        fwd = median_ms(attention)
-                    out = attention()
-                    gt = g.transpose(1, 2)
-                    bwd = median_ms(lambda: torch.autograd.grad(out, leaves, gt, retain_graph=True))
-                row[name + "+rope" * roped] = [fwd, bwd]
+                        attention()
+
+                out, gt = attention(), g.transpose(1, 2)
+                fns[name + "+rope" * roped] = [
+                    forward, lambda out=out, leaves=leaves:
+                    torch.autograd.grad(out, leaves, gt, retain_graph=True)]
+        # Forward first: it makes what our backward reads.
+        row = dict(zip(fns, zip(*(median_ms([pair[i] for pair in fns.values()]) for i in (0, 1)))))
         text = f"d{d:<4}{'causal' if causal else 'full':7}{n:6}"
         for name, (fwd, bwd) in row.items():
             text += f" | {name} {flop / fwd / 1e9:4.0f} / {2.5 * flop / bwd / 1e9:4.0f}"
-        for suffix in ("", "+rope"):
-            if "FA2" + suffix in row:
-                x = [b / a for a, b in zip(row["ours" + suffix], row["FA2" + suffix])]
-                text += f" | x{suffix} {x[0]:.2f} / {x[1]:.2f}"
+        for peer, (fwd, bwd) in row.items():
+            if not peer.startswith("ours"):
+                ours = row["ours" + "+rope" * peer.endswith("+rope")]
+                text += f" | x {peer} {fwd / ours[0]:.2f} / {bwd / ours[1]:.2f}"
         print(text, flush=True)
 
 
