@@ -40,7 +40,9 @@ pub struct AdamWState {
 
 /// The numbers of one step that all elements share.
 struct Step {
-    betas: [f32; 2],
+    beta2: f32,
+    /// `1 - beta1` and `1 - beta2`, rounded after the difference.
+    gains: [f32; 2],
     eps: f32,
     /// Factor on the gradients.
     clip: f32,
@@ -143,7 +145,8 @@ impl AdamW {
         let steps = self.steps()? + 1;
         let [first, second] = self.betas.map(|beta| 1.0 - beta.powi(steps as i32));
         let step = Step {
-            betas: self.betas.map(|beta| beta as f32),
+            beta2: self.betas[1] as f32,
+            gains: self.betas.map(|beta| (1.0 - beta) as f32),
             eps: self.eps as f32,
             clip: max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0)) as f32,
             step_size: (lr / first) as f32,
@@ -222,7 +225,7 @@ impl AdamW {
     }
 }
 
-/// `m += (1 - beta1) * (g - m)`, `v += (1 - beta2) * (g^2 - v)`, with g the clipped gradient.
+/// `m += (1 - beta1) * (g - m)`, `v = beta2 * v + (1 - beta2) * g^2`, with g the clipped gradient.
 struct UpdateMoments<'a>(&'a Step);
 
 impl InplaceOp2 for UpdateMoments<'_> {
@@ -258,14 +261,15 @@ impl UpdateMoments<'_> {
     #[inline(always)]
     fn update<T: Element>(&self, m: &mut [f32], v: &mut [f32], grad: &[T]) {
         let Step {
-            betas: [beta1, beta2],
+            beta2,
+            gains: [gain1, gain2],
             clip,
             ..
         } = *self.0;
         for ((m, v), grad) in m.iter_mut().zip(v).zip(grad) {
             let g = grad.to_f32() * clip;
-            *m += (1.0 - beta1) * (g - *m);
-            *v = beta2 * *v + (1.0 - beta2) * (g * g);
+            *m += gain1 * (g - *m);
+            *v = beta2 * *v + gain2 * (g * g);
         }
     }
 }

@@ -11,7 +11,7 @@ device_tests!(
     many_parameters
 );
 
-const BETAS: (f64, f64) = (0.9, 0.98);
+const BETAS: (f64, f64) = (0.9, 0.999);
 const EPS: f64 = 1e-6;
 
 /// One parameter of `torch.optim.AdamW`, as its documentation writes it.
