@@ -7,6 +7,8 @@ use candle_core::{CpuStorage, DType, Device, IndexOp, InplaceOp2, Layout, Result
 use rayon::prelude::*;
 
 use super::cpu::{CHUNK, values, values_mut, vectorized, with_element};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
 
 /// A variable and how it is trained.
@@ -101,9 +103,20 @@ impl AdamW {
         grad_norm: &Tensor,
         max_norm: Option<f64>,
     ) -> Result<()> {
+        super::check_dtype("AdamW", "grad_norm", grad_norm, DType::F32)?;
+        super::check_shape(
+            "AdamW",
+            "grad_norm",
+            grad_norm,
+            &[],
+            "the norm of all gradients",
+        )?;
+        super::check_device("AdamW", "grad_norm", grad_norm, self.steps.device())?;
         let grads = self.check_grads(grads)?;
         match self.steps.device() {
             Device::Cpu => self.step_cpu(&grads, lr, grad_norm, max_norm),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => self.step_cuda(device, &grads, lr, grad_norm, max_norm),
             device => bail!(
                 "AdamW: got parameters on {:?}, which it has no kernels for",
                 device.location()
@@ -161,6 +174,38 @@ impl AdamW {
         }
         self.steps = Tensor::new(steps, &Device::Cpu)?;
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn step_cuda(
+        &self,
+        device: &candle_core::CudaDevice,
+        grads: &[Tensor],
+        lr: f64,
+        grad_norm: &Tensor,
+        max_norm: Option<f64>,
+    ) -> Result<()> {
+        let step = cuda::AdamW {
+            grad_norm,
+            steps: &self.steps,
+            betas: self.betas,
+            eps: self.eps,
+            lr,
+            max_norm,
+        };
+        let tensors: Vec<_> = self
+            .parameters
+            .iter()
+            .zip(&self.moments)
+            .zip(grads)
+            .map(|((parameter, moments), grad)| cuda::AdamWTensor {
+                parameter: &parameter.var,
+                moments,
+                grad,
+                keep: 1.0 - lr * parameter.weight_decay,
+            })
+            .collect();
+        cuda::adamw(device, &step, &tensors)
     }
 
     /// Updates made so far. Waits for the device.

@@ -1,5 +1,7 @@
 //! Cross-entropy of a softmax with its labels.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 use candle_core::{WithDType, bail};
@@ -7,6 +9,8 @@ use rayon::prelude::*;
 
 use super::Saved;
 use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element, zeros};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
 
 /// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
@@ -89,6 +93,19 @@ impl CustomOp2 for CrossEntropy {
         Ok((CpuStorage::F32(vec![mean as f32]), ().into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        logits_layout: &Layout,
+        labels: &CudaStorage,
+        labels_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (loss, lse) = cuda::cross_entropy((logits, logits_layout), (labels, labels_layout))?;
+        self.lse.put(lse);
+        Ok((loss, ().into()))
+    }
+
     fn bwd(
         &self,
         logits: &Tensor,
@@ -153,5 +170,19 @@ impl CustomOp3 for CrossEntropyBackward<'_> {
             T::to_cpu_storage_owned(d_logits)
         });
         Ok((d_logits, logits_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        logits_layout: &Layout,
+        labels: &CudaStorage,
+        labels_layout: &Layout,
+        grad: &CudaStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (labels, grad) = ((labels, labels_layout), (grad, grad_layout));
+        cuda::cross_entropy_backward((logits, logits_layout), labels, grad, self.lse)
     }
 }

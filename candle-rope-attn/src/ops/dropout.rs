@@ -1,10 +1,14 @@
 //! Dropout (Srivastava et al. 2014, <https://jmlr.org/papers/v15/srivastava14a.html>).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 use super::cpu::{CHUNK, values, vectorized, with_element, zeros};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
 use crate::philox::DropoutMask;
 use crate::spec::Dropout;
@@ -29,45 +33,40 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     if p == 0.0 {
         return Ok(x.clone());
     }
-    x.contiguous()?
-        .apply_op1(Mask(DropoutMask::new(Dropout { p, seed })))
+    x.contiguous()?.apply_op1(Drop(Dropout { p, seed }))
 }
 
-#[derive(Clone, Copy)]
-struct Mask(DropoutMask);
+struct Drop(Dropout);
 
-impl Mask {
-    fn apply<T: Element>(self, x: &[T]) -> Vec<T> {
+impl Drop {
+    fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
+        let mask = DropoutMask::new(self.0);
         let mut y = zeros(x.len());
         let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate();
         chunks.for_each(|(chunk, (y, x))| {
             let first_group = (chunk * CHUNK / 4) as u64;
             vectorized(
                 #[inline(always)]
-                || self.apply_chunk(first_group, x, y),
+                || drop_chunk(mask, first_group, x, y),
             )
         });
         y
     }
+}
 
-    #[inline(always)]
-    fn apply_chunk<T: Element>(self, first_group: u64, x: &[T], y: &mut [T]) {
-        let blocks = x.chunks(LANES).zip(y.chunks_mut(LANES));
-        for ((x, y), group) in blocks.zip((first_group..).step_by(LANES / 4)) {
-            let keeps = self.0.keeps_elements::<{ LANES / 4 }>(group);
-            for (i, (x, y)) in x.iter().zip(y).enumerate() {
-                let factor = if keeps[i % 4][i / 4] {
-                    self.0.scale
-                } else {
-                    0.0
-                };
-                *y = T::from_f32(x.to_f32() * factor);
-            }
+#[inline(always)]
+fn drop_chunk<T: Element>(mask: DropoutMask, first_group: u64, x: &[T], y: &mut [T]) {
+    let blocks = x.chunks(LANES).zip(y.chunks_mut(LANES));
+    for ((x, y), group) in blocks.zip((first_group..).step_by(LANES / 4)) {
+        let keeps = mask.keeps_elements::<{ LANES / 4 }>(group);
+        for (i, (x, y)) in x.iter().zip(y).enumerate() {
+            let factor = if keeps[i % 4][i / 4] { mask.scale } else { 0.0 };
+            *y = T::from_f32(x.to_f32() * factor);
         }
     }
 }
 
-impl CustomOp1 for Mask {
+impl CustomOp1 for Drop {
     fn name(&self) -> &'static str {
         "dropout"
     }
@@ -77,6 +76,11 @@ impl CustomOp1 for Mask {
             T::to_cpu_storage_owned(self.apply::<T>(values(x, layout)?))
         });
         Ok((y, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::dropout((x, layout), self.0)
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -1,10 +1,14 @@
 //! Rows of a table by number.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 use super::cpu::{values, vectorized, with_element, zeros};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
 
 /// Rows of an embedding table: row `ids[i]` of the table is row i of the result.
@@ -87,6 +91,17 @@ impl CustomOp2 for GatherRows {
         Ok((y, (rows.len(), width).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        table: &CudaStorage,
+        table_layout: &Layout,
+        rows: &CudaStorage,
+        rows_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::gather_rows((table, table_layout), (rows, rows_layout))
+    }
+
     fn bwd(
         &self,
         table: &Tensor,
@@ -157,5 +172,16 @@ impl CustomOp2 for ScatterRows {
             T::to_cpu_storage_owned(self.scatter::<T>(values(grad, grad_layout)?, rows, width))
         });
         Ok((table, (self.count, width).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        grad: &CudaStorage,
+        grad_layout: &Layout,
+        rows: &CudaStorage,
+        rows_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::scatter_rows((grad, grad_layout), (rows, rows_layout), self.count)
     }
 }

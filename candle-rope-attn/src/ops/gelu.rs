@@ -1,9 +1,13 @@
 //! GELU with the error function (Hendrycks and Gimpel 2016, <https://arxiv.org/abs/1606.08415>).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 
 use super::cpu::{self, values, with_element};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
 
 /// `x * Phi(x)` of every element, where `Phi` is the normal distribution function; `gelu` of
@@ -29,6 +33,11 @@ impl CustomOp1 for Gelu {
             T::to_cpu_storage_owned(y)
         });
         Ok((y, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::gelu((x, layout))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -60,6 +69,17 @@ impl CustomOp2 for GeluBackward {
             }))
         });
         Ok((dx, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        grad: &CudaStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::gelu_backward((x, x_layout), (grad, grad_layout))
     }
 }
 

@@ -31,6 +31,8 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
         .collect::<Result<Vec<_>>>()?;
     match first.device() {
         Device::Cpu => cpu(&tensors),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::ops::global_norm(device, &tensors),
         device => bail!(
             "{op}: got tensors on {:?}, which it has no kernels for",
             device.location()

@@ -1,5 +1,7 @@
 //! Layer normalisation (Ba et al. 2016, <https://arxiv.org/abs/1607.06450>).
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use candle_core::{IndexOp, WithDType};
@@ -7,6 +9,8 @@ use rayon::prelude::*;
 
 use super::Saved;
 use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with_element, zeros};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
 
 /// Rows that one task takes.
@@ -96,6 +100,22 @@ impl CustomOp3 for LayerNorm {
         });
         self.stats
             .put(Tensor::from_vec(stats, ((), 2), &Device::Cpu)?);
+        Ok((y, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
+        let (y, stats) = cuda::layer_norm((x, x_layout), weight, bias, self.eps)?;
+        self.stats.put(stats);
         Ok((y, x_layout.shape().clone()))
     }
 
@@ -200,6 +220,23 @@ impl CustomOp3 for LayerNormBackward<'_> {
         let d_parameters = sum_vectors(2 * width, &partial);
         self.d_parameters
             .put(Tensor::from_vec(d_parameters, (2, width), &Device::Cpu)?);
+        Ok((dx, x_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        grad: &CudaStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (weight, grad) = ((weight, weight_layout), (grad, grad_layout));
+        let (dx, d_parameters) =
+            cuda::layer_norm_backward((x, x_layout), weight, grad, self.stats)?;
+        self.d_parameters.put(d_parameters);
         Ok((dx, x_layout.shape().clone()))
     }
 }

@@ -1,11 +1,15 @@
 //! The affine map of a dense layer.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape};
 use candle_core::{Tensor, bail};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::cpu::{sum_vectors, values, vectorized};
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
 
 /// Rows that one task of a column sum takes.
@@ -32,6 +36,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         &[outputs, inputs],
         "the last axis of x",
     )?;
+    if inputs == 0 || outputs == 0 {
+        bail!(
+            "{op}: got weight of shape {:?}, expected no empty axis",
+            weight.dims()
+        )
+    }
     if let Some(bias) = bias {
         super::check_dtype(op, "bias", bias, x.dtype())?;
         super::check_shape(op, "bias", bias, &[outputs], "the rows of weight")?;
@@ -84,7 +94,7 @@ impl Linear {
         }
     }
 
-    fn forward(
+    fn cpu_forward(
         x: (&CpuStorage, &Layout),
         weight: (&CpuStorage, &Layout),
         bias: Option<(&CpuStorage, &Layout)>,
@@ -94,7 +104,7 @@ impl Linear {
         let mut y = vec![0.0; shape.elem_count()];
         if let Some((bias, layout)) = bias {
             let bias = values(bias, layout)?;
-            y.par_chunks_mut(outputs.max(1))
+            y.par_chunks_mut(outputs)
                 .with_min_len(ROWS)
                 .for_each(|row| row.copy_from_slice(bias));
         }
@@ -102,6 +112,17 @@ impl Linear {
         let (x, weight) = (values(x.0, x.1)?, values(weight.0, weight.1)?);
         Self::add_product(x, weight, &mut y, [rows, inputs, outputs]);
         Ok((CpuStorage::F32(y), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_forward(
+        x: cuda::Input,
+        weight: cuda::Input,
+        bias: Option<cuda::Input>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (outputs, inputs) = weight.1.shape().dims2()?;
+        let y = cuda::linear(x, weight, bias, [rows(x.1), inputs, outputs])?;
+        Ok((y, output_shape(x.1, outputs)))
     }
 
     /// The gradients of x and weight.
@@ -150,7 +171,18 @@ impl CustomOp2 for Linear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward((x, x_layout), (weight, weight_layout), None)
+        Self::cpu_forward((x, x_layout), (weight, weight_layout), None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Self::cuda_forward((x, x_layout), (weight, weight_layout), None)
     }
 
     fn bwd(
@@ -178,11 +210,22 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward(
-            (x, x_layout),
-            (weight, weight_layout),
-            Some((bias, bias_layout)),
-        )
+        let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
+        Self::cpu_forward((x, x_layout), weight, Some(bias))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
+        Self::cuda_forward((x, x_layout), weight, Some(bias))
     }
 
     fn bwd(
@@ -211,11 +254,9 @@ impl CustomOp1 for ColumnSum {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some(&columns) = layout.dims().last() else {
-            bail!("column_sum: got a scalar, expected at least one axis")
-        };
+        let columns = layout.dim(D::Minus1)?;
         let partial: Vec<_> = values::<f32>(x, layout)?
-            .par_chunks((ROWS * columns).max(1))
+            .par_chunks(ROWS * columns)
             .map(|rows| {
                 let mut sums = vec![0.0; columns];
                 vectorized(
@@ -233,5 +274,12 @@ impl CustomOp1 for ColumnSum {
             CpuStorage::F32(sum_vectors(columns, &partial)),
             columns.into(),
         ))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let columns = layout.dim(D::Minus1)?;
+        let sums = cuda::column_sum((x, layout), rows(layout), columns)?;
+        Ok((sums, columns.into()))
     }
 }

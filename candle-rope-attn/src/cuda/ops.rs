@@ -1,0 +1,500 @@
+//! The training operations on NVIDIA GPUs: the kernels of `cuda/op_*.cu` on Candle's tensors.
+
+use std::ffi::c_void;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, Gemm, GemmConfig};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, bail,
+};
+use half::{bf16, f16};
+
+use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTensor};
+use super::{Pointers, alloc, alloc_storage, check, dtype_code};
+use crate::spec::Dropout;
+
+/// A contiguous tensor.
+pub(crate) type Input<'a> = (&'a CudaStorage, &'a Layout);
+
+/// Enqueues a launch on the stream of a device, with `$pointers` to get its arguments from.
+/// `$what` describes it in errors.
+macro_rules! launch {
+    ($device:expr, $what:expr, $pointers:ident => $call:expr) => {{
+        let stream = $device.cuda_stream();
+        #[allow(unused_mut)]
+        let mut $pointers = Pointers::new(&stream)?;
+        // SAFETY: the pointers are live device memory, and stay so until the launch is enqueued;
+        // the operation checked that shapes and dtypes are what the kernel expects.
+        let code = unsafe { $call };
+        check(code, $what)
+    }};
+}
+
+/// Its first element.
+fn input<'a>(pointers: &mut Pointers<'a>, (storage, layout): Input<'a>) -> Result<*const c_void> {
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        bail!(
+            "got strides {:?} for shape {:?}, expected a contiguous tensor",
+            layout.stride(),
+            layout.dims()
+        )
+    };
+    let base = pointers.read_storage(storage)?;
+    Ok(base.wrapping_byte_add(start * storage.dtype().size_in_bytes()))
+}
+
+/// A tensor that carries no gradient.
+pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// The storage of a tensor whose lock is held.
+fn cuda_storage<'a>(storage: &'a StorageRef) -> Result<&'a CudaStorage> {
+    match &**storage {
+        Storage::Cuda(storage) => Ok(storage),
+        other => bail!("got a tensor on {:?}, expected a GPU", other.device().location()),
+    }
+}
+
+fn describe(op: &str, layout: &Layout, dtype: DType) -> String {
+    format!("{op} of {:?} {dtype:?}", layout.dims())
+}
+
+pub(crate) fn gelu(x: Input) -> Result<(CudaStorage, Shape)> {
+    let shape = x.1.shape();
+    let (device, dtype, len) = (x.0.device(), x.0.dtype(), shape.elem_count());
+    let mut y = alloc_storage(device, dtype, len)?;
+    launch!(device, || describe("gelu", x.1, dtype), p => ffi::op_gelu_fwd(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        p.write_storage(&mut y)?,
+        len as i64,
+        p.stream(),
+    ))?;
+    Ok((y, shape.clone()))
+}
+
+pub(crate) fn gelu_backward(x: Input, grad: Input) -> Result<(CudaStorage, Shape)> {
+    let shape = x.1.shape();
+    let (device, dtype, len) = (x.0.device(), x.0.dtype(), shape.elem_count());
+    let mut dx = alloc_storage(device, dtype, len)?;
+    launch!(device, || describe("gelu backward", x.1, dtype), p => ffi::op_gelu_bwd(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        input(&mut p, grad)?,
+        p.write_storage(&mut dx)?,
+        len as i64,
+        p.stream(),
+    ))?;
+    Ok((dx, shape.clone()))
+}
+
+pub(crate) fn dropout(x: Input, dropout: Dropout) -> Result<(CudaStorage, Shape)> {
+    let shape = x.1.shape();
+    let (device, dtype, len) = (x.0.device(), x.0.dtype(), shape.elem_count());
+    let mut y = alloc_storage(device, dtype, len)?;
+    launch!(device, || describe("dropout", x.1, dtype), p => ffi::op_dropout(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        p.write_storage(&mut y)?,
+        len as i64,
+        dropout.p,
+        dropout.seed,
+        p.stream(),
+    ))?;
+    Ok((y, shape.clone()))
+}
+
+/// `x weight^T + bias` of x `[rows, inputs]` and weight `[outputs, inputs]`. cuBLAS adds the
+/// product to rows filled with the bias, so that the sum is rounded once.
+pub(crate) fn linear(
+    x: Input,
+    weight: Input,
+    bias: Option<Input>,
+    [rows, inputs, outputs]: [usize; 3],
+) -> Result<CudaStorage> {
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut y = alloc_storage(device, dtype, rows * outputs)?;
+    if let Some(bias) = bias {
+        launch!(device, || describe("linear's bias", bias.1, dtype), p => ffi::op_fill_rows(
+            dtype_code(dtype),
+            input(&mut p, bias)?,
+            p.write_storage(&mut y)?,
+            rows as i64,
+            outputs as i64,
+            p.stream(),
+        ))?;
+    }
+    if rows == 0 {
+        return Ok(y);
+    }
+    let product = Product {
+        blas: &device.cublas_handle(),
+        sizes: [rows, inputs, outputs],
+        accumulate: bias.is_some(),
+    };
+    let (x_from, weight_from) = (x.1.start_offset(), weight.1.start_offset());
+    use CudaStorageSlice::{BF16, F16, F32};
+    match (&x.0.slice, &weight.0.slice, &mut y.slice) {
+        (F32(x), F32(weight), F32(y)) => {
+            product.run([1.0, 0.0], x.slice(x_from..), weight.slice(weight_from..), y)
+        }
+        (BF16(x), BF16(weight), BF16(y)) => {
+            let factors = [bf16::ONE, bf16::ZERO];
+            product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
+        }
+        (F16(x), F16(weight), F16(y)) => {
+            let factors = [f16::ONE, f16::ZERO];
+            product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
+        }
+        _ => bail!("linear: got weight of dtype {:?} for x of {dtype:?}", weight.0.dtype()),
+    }?;
+    Ok(y)
+}
+
+/// `y = x weight^T`, or added to y.
+struct Product<'a> {
+    blas: &'a CudaBlas,
+    sizes: [usize; 3],
+    accumulate: bool,
+}
+
+impl Product<'_> {
+    fn run<T: Copy>(
+        &self,
+        [one, zero]: [T; 2],
+        x: CudaView<T>,
+        weight: CudaView<T>,
+        y: &mut CudaSlice<T>,
+    ) -> Result<()>
+    where
+        CudaBlas: Gemm<T>,
+    {
+        let mut sizes = [0; 3];
+        for (size, &from) in sizes.iter_mut().zip(&self.sizes) {
+            *size = i32::try_from(from).or_else(|_| {
+                bail!("linear on CUDA: a size is {from}, more than {}; split the batch", i32::MAX)
+            })?;
+        }
+        let [rows, inputs, outputs] = sizes;
+        // cuBLAS reads row-major matrices as their transposes: y^T = weight x^T.
+        let config = GemmConfig {
+            transa: CUBLAS_OP_T,
+            transb: CUBLAS_OP_N,
+            m: outputs,
+            n: rows,
+            k: inputs,
+            alpha: one,
+            lda: inputs,
+            ldb: inputs,
+            beta: if self.accumulate { one } else { zero },
+            ldc: outputs,
+        };
+        // SAFETY: the operation checked that the matrices have these sizes.
+        unsafe { self.blas.gemm(config, &weight, &x, y) }.w()
+    }
+}
+
+/// The sum of each column of x `[rows, columns]`.
+pub(crate) fn column_sum(x: Input, rows: usize, columns: usize) -> Result<CudaStorage> {
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    // SAFETY: reads no memory.
+    let partials = unsafe { ffi::op_column_sum_partials(rows as i64, columns as i64) };
+    let mut partial = alloc::<f32>(device, partials as usize * columns)?;
+    let mut sums = alloc_storage(device, dtype, columns)?;
+    launch!(device, || describe("column sum", x.1, dtype), p => ffi::op_column_sum(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        p.write_storage(&mut sums)?,
+        p.write(&mut partial),
+        rows as i64,
+        columns as i64,
+        p.stream(),
+    ))?;
+    Ok(sums)
+}
+
+/// `[rows, width]` of a layer norm's x.
+fn rows_and_width(x: Input) -> Result<[usize; 2]> {
+    let width = x.1.dims().last().copied().unwrap_or(1);
+    if width > ffi::OP_LAYER_NORM_MAX_WIDTH {
+        bail!(
+            "layer_norm on CUDA: got x of shape {:?}, expected a last axis of at most {}",
+            x.1.dims(),
+            ffi::OP_LAYER_NORM_MAX_WIDTH
+        )
+    }
+    Ok([x.1.shape().elem_count() / width.max(1), width])
+}
+
+/// The result, and the statistics of the rows, f32 `[rows, 2]`.
+pub(crate) fn layer_norm(
+    x: Input,
+    weight: Input,
+    bias: Input,
+    eps: f32,
+) -> Result<(CudaStorage, Tensor)> {
+    let [rows, width] = rows_and_width(x)?;
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut y = alloc_storage(device, dtype, rows * width)?;
+    let mut stats = alloc_storage(device, DType::F32, 2 * rows)?;
+    launch!(device, || describe("layer_norm", x.1, dtype), p => ffi::op_layer_norm_fwd(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        input(&mut p, weight)?.cast(),
+        input(&mut p, bias)?.cast(),
+        p.write_storage(&mut y)?,
+        p.write_storage(&mut stats)?.cast(),
+        rows as i64,
+        width as i64,
+        eps,
+        p.stream(),
+    ))?;
+    Ok((y, tensor(stats, (rows, 2))))
+}
+
+/// The gradient of x, and those of weight and bias, f32 `[2, width]`.
+pub(crate) fn layer_norm_backward(
+    x: Input,
+    weight: Input,
+    grad: Input,
+    stats: &Tensor,
+) -> Result<(CudaStorage, Tensor)> {
+    let [rows, width] = rows_and_width(x)?;
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let (stats, stats_layout) = stats.storage_and_layout();
+    let stats = (cuda_storage(&stats)?, stats_layout);
+    // SAFETY: reads no memory.
+    let partials = unsafe { ffi::op_layer_norm_partials(rows as i64, width as i64) };
+    let mut partial = alloc::<f32>(device, partials as usize * 2 * width)?;
+    let mut dx = alloc_storage(device, dtype, rows * width)?;
+    let mut d_parameters = alloc_storage(device, DType::F32, 2 * width)?;
+    launch!(device, || describe("layer_norm backward", x.1, dtype), p => ffi::op_layer_norm_bwd(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        input(&mut p, weight)?.cast(),
+        input(&mut p, grad)?,
+        input(&mut p, stats)?.cast(),
+        p.write_storage(&mut dx)?,
+        p.write_storage(&mut d_parameters)?.cast(),
+        p.write(&mut partial),
+        rows as i64,
+        width as i64,
+        p.stream(),
+    ))?;
+    Ok((dx, tensor(d_parameters, (2, width))))
+}
+
+pub(crate) fn gather_rows(table: Input, rows: Input) -> Result<(CudaStorage, Shape)> {
+    let (count, width) = table.1.shape().dims2()?;
+    let len = rows.1.shape().elem_count();
+    let (device, dtype) = (table.0.device(), table.0.dtype());
+    let mut y = alloc_storage(device, dtype, len * width)?;
+    launch!(device, || describe("gather_rows", table.1, dtype), p => ffi::op_gather_rows(
+        dtype_code(dtype),
+        input(&mut p, table)?,
+        input(&mut p, rows)?.cast(),
+        p.write_storage(&mut y)?,
+        len as i64,
+        count as i64,
+        width as i64,
+        p.stream(),
+    ))?;
+    Ok((y, (len, width).into()))
+}
+
+/// The sum of the rows of a gradient at their numbers, in a table of `count` rows.
+pub(crate) fn scatter_rows(
+    grad: Input,
+    rows: Input,
+    count: usize,
+) -> Result<(CudaStorage, Shape)> {
+    let (len, width) = grad.1.shape().dims2()?;
+    let (device, dtype) = (grad.0.device(), grad.0.dtype());
+    let what = || describe("scatter_rows", grad.1, dtype);
+    let mut bytes = 0;
+    launch!(device, what, _pointers => ffi::op_scatter_rows_workspace(
+        len as i64, count as i64, width as i64, &mut bytes
+    ))?;
+    let mut workspace = alloc::<u8>(device, bytes)?;
+    let mut d_table = alloc_storage(device, dtype, count * width)?;
+    launch!(device, what, p => ffi::op_scatter_rows(
+        dtype_code(dtype),
+        input(&mut p, grad)?,
+        input(&mut p, rows)?.cast(),
+        p.write_storage(&mut d_table)?,
+        p.write(&mut workspace).cast(),
+        len as i64,
+        count as i64,
+        width as i64,
+        p.stream(),
+    ))?;
+    Ok((d_table, (count, width).into()))
+}
+
+/// The mean loss, and the log-sum-exp of the rows, f32 `[rows]`.
+pub(crate) fn cross_entropy(logits: Input, labels: Input) -> Result<(CudaStorage, Tensor)> {
+    let (rows, vocab) = logits.1.shape().dims2()?;
+    let (device, dtype) = (logits.0.device(), logits.0.dtype());
+    let mut lse = alloc_storage(device, DType::F32, rows)?;
+    let mut losses = alloc::<f32>(device, rows)?;
+    let mut loss = alloc_storage(device, DType::F32, 1)?;
+    launch!(device, || describe("cross_entropy", logits.1, dtype), p => ffi::op_cross_entropy_fwd(
+        dtype_code(dtype),
+        input(&mut p, logits)?,
+        input(&mut p, labels)?.cast(),
+        p.write_storage(&mut lse)?.cast(),
+        p.write(&mut losses),
+        p.write_storage(&mut loss)?.cast(),
+        rows as i64,
+        vocab as i64,
+        p.stream(),
+    ))?;
+    Ok((loss, tensor(lse, rows)))
+}
+
+pub(crate) fn cross_entropy_backward(
+    logits: Input,
+    labels: Input,
+    grad: Input,
+    lse: &Tensor,
+) -> Result<(CudaStorage, Shape)> {
+    let (rows, vocab) = logits.1.shape().dims2()?;
+    let (device, dtype) = (logits.0.device(), logits.0.dtype());
+    let (lse, lse_layout) = lse.storage_and_layout();
+    let lse = (cuda_storage(&lse)?, lse_layout);
+    let mut d_logits = alloc_storage(device, dtype, rows * vocab)?;
+    let what = || describe("cross_entropy backward", logits.1, dtype);
+    launch!(device, what, p => ffi::op_cross_entropy_bwd(
+        dtype_code(dtype),
+        input(&mut p, logits)?,
+        input(&mut p, labels)?.cast(),
+        input(&mut p, lse)?.cast(),
+        input(&mut p, grad)?.cast(),
+        p.write_storage(&mut d_logits)?,
+        rows as i64,
+        vocab as i64,
+        p.stream(),
+    ))?;
+    Ok((d_logits, logits.1.shape().clone()))
+}
+
+/// Tensors whose storage is locked for the time of a launch.
+struct Locked<'a>(Vec<(StorageRef<'a>, &'a Layout)>);
+
+impl<'a> Locked<'a> {
+    fn new(tensors: impl IntoIterator<Item = &'a Tensor>) -> Self {
+        Self(tensors.into_iter().map(Tensor::storage_and_layout).collect())
+    }
+
+    /// Their descriptions for a launch.
+    fn op_tensors<'b>(&'b self, pointers: &mut Pointers<'b>) -> Result<Vec<OpTensor>> {
+        let describe = |(storage, layout): &'b (StorageRef<'a>, &'a Layout)| {
+            let storage = cuda_storage(storage)?;
+            Ok(OpTensor {
+                ptr: input(pointers, (storage, layout))?,
+                len: layout.shape().elem_count() as i64,
+                dtype: dtype_code(storage.dtype()),
+            })
+        };
+        self.0.iter().map(describe).collect()
+    }
+}
+
+/// The norm of all elements, an f32 scalar.
+pub(crate) fn global_norm(device: &CudaDevice, tensors: &[Tensor]) -> Result<Tensor> {
+    let locked = Locked::new(tensors);
+    let mut norm = alloc_storage(device, DType::F32, 1)?;
+    let stream = device.cuda_stream();
+    let mut pointers = Pointers::new(&stream)?;
+    let tensors = locked.op_tensors(&mut pointers)?;
+    let count = tensors.len() as i64;
+    // SAFETY: reads the descriptions alone.
+    let partials = unsafe { ffi::op_global_norm_partials(tensors.as_ptr(), count) };
+    let mut partial = alloc::<f32>(device, partials as usize)?;
+    let what = || format!("global_norm of {count} tensors");
+    launch!(device, what, p => ffi::op_global_norm(
+        tensors.as_ptr(),
+        count,
+        p.write(&mut partial),
+        p.write_storage(&mut norm)?.cast(),
+        p.stream(),
+    ))?;
+    drop(pointers);
+    Ok(tensor(norm, ()))
+}
+
+/// A step of AdamW.
+pub(crate) struct AdamW<'a> {
+    pub grad_norm: &'a Tensor,
+    /// u32 scalar, counted up.
+    pub steps: &'a Tensor,
+    pub betas: [f64; 2],
+    pub eps: f64,
+    pub lr: f64,
+    pub max_norm: Option<f64>,
+}
+
+/// What AdamW does with one parameter.
+pub(crate) struct AdamWTensor<'a> {
+    /// f32, updated.
+    pub parameter: &'a Tensor,
+    /// f32 `[2, elements]`, updated.
+    pub moments: &'a Tensor,
+    pub grad: &'a Tensor,
+    /// `1 - lr * weight_decay`.
+    pub keep: f64,
+}
+
+/// The tensors are changed under a lock for reading, as Candle gives out no other. No one sees them
+/// change in the middle: the stream orders the step after everything enqueued before, and before
+/// everything after.
+pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) -> Result<()> {
+    let parameters = Locked::new(tensors.iter().map(|t| t.parameter));
+    let moments = Locked::new(tensors.iter().map(|t| t.moments));
+    let grads = Locked::new(tensors.iter().map(|t| t.grad));
+    let scalars = Locked::new([step.grad_norm, step.steps]);
+    let mut workspace = alloc::<f32>(device, 4)?;
+
+    let stream = device.cuda_stream();
+    let mut pointers = Pointers::new(&stream)?;
+    let parameters = parameters.op_tensors(&mut pointers)?;
+    let moments = moments.op_tensors(&mut pointers)?;
+    let grads = grads.op_tensors(&mut pointers)?;
+    let scalars = scalars.op_tensors(&mut pointers)?;
+    let params = OpAdamW {
+        grad_norm: scalars[0].ptr.cast(),
+        steps: scalars[1].ptr.cast_mut().cast(),
+        scalars: pointers.write(&mut workspace),
+        lr: step.lr,
+        max_norm: step.max_norm.unwrap_or(f64::INFINITY),
+        beta1: step.betas[0],
+        beta2: step.betas[1],
+        eps: step.eps,
+    };
+    let list: Vec<_> = parameters
+        .iter()
+        .zip(&moments)
+        .zip(grads)
+        .zip(tensors)
+        .map(|(((parameter, moments), grad), tensor)| OpAdamWTensor {
+            parameter: parameter.ptr.cast_mut().cast(),
+            moments: moments.ptr.cast_mut().cast(),
+            grad,
+            keep: tensor.keep as f32,
+        })
+        .collect();
+    let what = || format!("AdamW of {} tensors", tensors.len());
+    launch!(device, what, p => ffi::op_adamw(
+        &params,
+        list.as_ptr(),
+        list.len() as i64,
+        p.stream(),
+    ))?;
+    drop(pointers);
+    Ok(())
+}

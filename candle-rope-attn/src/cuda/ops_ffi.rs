@@ -1,0 +1,173 @@
+//! The C interface of the training operations: `cuda/ops.h`, whose comments say what the arguments
+//! mean.
+
+use std::ffi::{c_int, c_void};
+
+/// A tensor in device memory.
+#[repr(C)]
+pub(crate) struct OpTensor {
+    pub ptr: *const c_void,
+    pub len: i64,
+    pub dtype: i32,
+}
+
+#[repr(C)]
+pub(crate) struct OpAdamWTensor {
+    pub parameter: *mut f32,
+    pub moments: *mut f32,
+    pub grad: OpTensor,
+    pub keep: f32,
+}
+
+#[repr(C)]
+pub(crate) struct OpAdamW {
+    pub grad_norm: *const f32,
+    pub steps: *mut u32,
+    pub scalars: *mut f32,
+    pub lr: f64,
+    pub max_norm: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+}
+
+// The same as in the header.
+const _: () = assert!(size_of::<OpTensor>() == 24);
+const _: () = assert!(size_of::<OpAdamWTensor>() == 48);
+const _: () = assert!(size_of::<OpAdamW>() == 64);
+
+pub(crate) const OP_LAYER_NORM_MAX_WIDTH: usize = 8192;
+
+unsafe extern "C" {
+    pub(crate) fn op_gelu_fwd(
+        dtype: i32,
+        x: *const c_void,
+        y: *mut c_void,
+        len: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_gelu_bwd(
+        dtype: i32,
+        x: *const c_void,
+        grad: *const c_void,
+        dx: *mut c_void,
+        len: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_dropout(
+        dtype: i32,
+        x: *const c_void,
+        y: *mut c_void,
+        len: i64,
+        p: f32,
+        seed: u64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_fill_rows(
+        dtype: i32,
+        bias: *const c_void,
+        y: *mut c_void,
+        rows: i64,
+        columns: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_column_sum_partials(rows: i64, columns: i64) -> i64;
+    pub(crate) fn op_column_sum(
+        dtype: i32,
+        x: *const c_void,
+        sums: *mut c_void,
+        partial: *mut f32,
+        rows: i64,
+        columns: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_layer_norm_partials(rows: i64, width: i64) -> i64;
+    pub(crate) fn op_layer_norm_fwd(
+        dtype: i32,
+        x: *const c_void,
+        weight: *const f32,
+        bias: *const f32,
+        y: *mut c_void,
+        stats: *mut f32,
+        rows: i64,
+        width: i64,
+        eps: f32,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_layer_norm_bwd(
+        dtype: i32,
+        x: *const c_void,
+        weight: *const f32,
+        grad: *const c_void,
+        stats: *const f32,
+        dx: *mut c_void,
+        d_parameters: *mut f32,
+        partial: *mut f32,
+        rows: i64,
+        width: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_gather_rows(
+        dtype: i32,
+        table: *const c_void,
+        rows: *const u32,
+        y: *mut c_void,
+        len: i64,
+        count: i64,
+        width: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_scatter_rows_workspace(
+        len: i64,
+        count: i64,
+        width: i64,
+        bytes: *mut usize,
+    ) -> c_int;
+    pub(crate) fn op_scatter_rows(
+        dtype: i32,
+        grad: *const c_void,
+        rows: *const u32,
+        d_table: *mut c_void,
+        workspace: *mut c_void,
+        len: i64,
+        count: i64,
+        width: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_cross_entropy_fwd(
+        dtype: i32,
+        logits: *const c_void,
+        labels: *const u32,
+        lse: *mut f32,
+        losses: *mut f32,
+        loss: *mut f32,
+        rows: i64,
+        vocab: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_cross_entropy_bwd(
+        dtype: i32,
+        logits: *const c_void,
+        labels: *const u32,
+        lse: *const f32,
+        grad: *const f32,
+        d_logits: *mut c_void,
+        rows: i64,
+        vocab: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_global_norm_partials(tensors: *const OpTensor, count: i64) -> i64;
+    pub(crate) fn op_global_norm(
+        tensors: *const OpTensor,
+        count: i64,
+        partial: *mut f32,
+        norm: *mut f32,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_adamw(
+        params: *const OpAdamW,
+        tensors: *const OpAdamWTensor,
+        count: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+}

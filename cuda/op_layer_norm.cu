@@ -1,0 +1,219 @@
+// Layer normalisation. A row belongs to a group of threads, which keeps it in registers: a warp up
+// to 1024 columns, a block up to 8192.
+//
+//   forward:  y = (x - mean) * rstd * weight + bias; mean and rstd are kept
+//   backward, with n = (x - mean) * rstd and g = grad * weight:
+//     dx = rstd * (g - mean(g) - n * mean(g * n))
+//     dweight = sum over rows of grad * n, dbias = sum over rows of grad: a thread adds up its
+//     columns over the rows of its group, the groups of a block add theirs in order to one partial
+//     sum, and a second kernel adds those in order.
+#include "ops.cuh"
+
+namespace attn {
+
+constexpr int kRowElements = 32;  // of a row, held by one thread
+constexpr int kMaxPartials = 792;  // two waves of blocks on 132 SMs
+
+template <int kGroup>
+constexpr int kNormThreads = kGroup > 128 ? kGroup : 128;
+
+// Rows of a block.
+template <int kGroup>
+constexpr int kNormRows = kNormThreads<kGroup> / kGroup;
+
+// The columns of one thread: kVectors times W of them, kGroup * W apart.
+template <int W, int kGroup>
+struct Columns {
+  static constexpr int kVectors = kRowElements / W;
+
+  // The first column of vector i; the row ends before it or after all of it.
+  __device__ __forceinline__ static int at(int i) {
+    return (i * kGroup + threadIdx.x % kGroup) * W;
+  }
+};
+
+template <class T, int W, int kGroup>
+__global__ void __launch_bounds__(kNormThreads<kGroup>)
+    layer_norm_fwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
+                          const float* __restrict__ bias, T* __restrict__ y,
+                          float* __restrict__ stats, int64_t rows, int width, float eps) {
+  using C = Columns<W, kGroup>;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * kNormRows<kGroup> + threadIdx.x / kGroup;
+  if (row >= rows) return;  // whole groups
+  x += row * width;
+  y += row * width;
+
+  float v[C::kVectors][W] = {};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kVectors; ++i) {
+    if (C::at(i) < width) load_vec<T, W>(v[i], x + C::at(i));
+  }
+#pragma unroll
+  for (int i = 0; i < kRowElements; ++i) sum += v[i / W][i % W];
+  const float mean = group_sum<kGroup>(sum) / width;
+
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kVectors; ++i) {
+    if (C::at(i) >= width) break;
+#pragma unroll
+    for (int j = 0; j < W; ++j) squares += (v[i][j] - mean) * (v[i][j] - mean);
+  }
+  const float rstd = rsqrtf(group_sum<kGroup>(squares) / width + eps);
+
+#pragma unroll
+  for (int i = 0; i < C::kVectors; ++i) {
+    if (C::at(i) >= width) break;
+    float w[W], b[W];
+    load_f32<W>(w, weight + C::at(i));
+    load_f32<W>(b, bias + C::at(i));
+#pragma unroll
+    for (int j = 0; j < W; ++j) v[i][j] = (v[i][j] - mean) * rstd * w[j] + b[j];
+    store_vec<T, W>(y + C::at(i), v[i]);
+  }
+  if (threadIdx.x % kGroup == 0) {
+    stats[2 * row] = mean;
+    stats[2 * row + 1] = rstd;
+  }
+}
+
+template <class T, int W, int kGroup>
+__global__ void __launch_bounds__(kNormThreads<kGroup>)
+    layer_norm_bwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
+                          const T* __restrict__ grad, const float* __restrict__ stats,
+                          T* __restrict__ dx, float* __restrict__ partial, int64_t rows,
+                          int width) {
+  using C = Columns<W, kGroup>;
+  constexpr int kRows = kNormRows<kGroup>;
+  float d_weight[C::kVectors][W] = {}, d_bias[C::kVectors][W] = {};
+
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kGroup; row < rows;
+       row += static_cast<int64_t>(gridDim.x) * kRows) {
+    const T* x_row = x + row * width;
+    const T* grad_row = grad + row * width;
+    const float mean = stats[2 * row], rstd = stats[2 * row + 1];
+    float n[C::kVectors][W], g[C::kVectors][W];
+#pragma unroll
+    for (int i = 0; i < C::kVectors; ++i) {
+      if (C::at(i) >= width) break;
+      load_vec<T, W>(n[i], x_row + C::at(i));
+      load_vec<T, W>(g[i], grad_row + C::at(i));
+    }
+    float sum_g = 0.0f, sum_gn = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::kVectors; ++i) {
+      if (C::at(i) >= width) break;
+      float w[W];
+      load_f32<W>(w, weight + C::at(i));
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        n[i][j] = (n[i][j] - mean) * rstd;
+        d_weight[i][j] += g[i][j] * n[i][j];
+        d_bias[i][j] += g[i][j];
+        g[i][j] *= w[j];
+        sum_g += g[i][j];
+        sum_gn += g[i][j] * n[i][j];
+      }
+    }
+    const float mean_g = group_sum<kGroup>(sum_g) / width;
+    const float mean_gn = group_sum<kGroup>(sum_gn) / width;
+#pragma unroll
+    for (int i = 0; i < C::kVectors; ++i) {
+      if (C::at(i) >= width) break;
+#pragma unroll
+      for (int j = 0; j < W; ++j) n[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
+      store_vec<T, W>(dx + row * width + C::at(i), n[i]);
+    }
+  }
+
+  // Group after group adds its sums to those of the block.
+  extern __shared__ __align__(16) float block_sums[];  // [2][width]
+  float* sums = kRows == 1 ? partial + static_cast<int64_t>(blockIdx.x) * 2 * width : block_sums;
+  for (int group = 0; group < kRows; ++group) {
+    if (threadIdx.x / kGroup == group) {
+#pragma unroll
+      for (int i = 0; i < C::kVectors; ++i) {
+        if (C::at(i) >= width) break;
+        float before[2][W] = {};
+        if (group > 0) {
+          load_f32<W>(before[0], sums + C::at(i));
+          load_f32<W>(before[1], sums + width + C::at(i));
+        }
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          before[0][j] += d_weight[i][j];
+          before[1][j] += d_bias[i][j];
+        }
+        store_f32<W>(sums + C::at(i), before[0]);
+        store_f32<W>(sums + width + C::at(i), before[1]);
+      }
+    }
+    __syncthreads();
+  }
+  if constexpr (kRows > 1) {
+    float* to = partial + static_cast<int64_t>(blockIdx.x) * 2 * width;
+    for (int i = threadIdx.x; i < 2 * width; i += kNormThreads<kGroup>) to[i] = block_sums[i];
+  }
+}
+
+// Calls f.template operator()<kGroup>() for the threads of a row.
+template <class F>
+int for_width(int64_t width, F&& f) {
+  if (width < 1 || width > OP_LAYER_NORM_MAX_WIDTH) return ATTN_ERR_SIZE;
+  static_assert(256 * kRowElements == OP_LAYER_NORM_MAX_WIDTH, "the widest group");
+  if (width <= 32 * kRowElements) return f.template operator()<32>();
+  return f.template operator()<256>();
+}
+
+inline int64_t norm_partials(int64_t rows, int64_t width) {
+  const int64_t rows_of_block = width <= 32 * kRowElements ? kNormRows<32> : kNormRows<256>;
+  const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
+  return blocks < kMaxPartials ? blocks : kMaxPartials;
+}
+
+}  // namespace attn
+
+int64_t op_layer_norm_partials(int64_t rows, int64_t width) {
+  return attn::norm_partials(rows, width);
+}
+
+int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const float* bias, void* y,
+                      float* stats, int64_t rows, int64_t width, float eps, void* stream) {
+  using namespace attn;
+  if (rows == 0) return ATTN_OK;
+  return for_element(dtype, [&]<class T>() {
+    const bool aligned = aligned_to_16({x, weight, bias, y}) && width % kChunk<T> == 0;
+    return for_vector<T>(aligned, [&]<int W>() {
+      return for_width(width, [&]<int kGroup>() {
+        const int64_t blocks = (rows + kNormRows<kGroup> - 1) / kNormRows<kGroup>;
+        return launch(layer_norm_fwd_kernel<T, W, kGroup>, blocks, kNormThreads<kGroup>, 0, stream,
+                      static_cast<const T*>(x), weight, bias, static_cast<T*>(y),
+                      stats, rows, static_cast<int>(width), eps);
+      });
+    });
+  });
+}
+
+int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
+                      const float* stats, void* dx, float* d_parameters, float* partial,
+                      int64_t rows, int64_t width, void* stream) {
+  using namespace attn;
+  const int64_t partials = norm_partials(rows, width);
+  if (rows > 0) {
+    ATTN_RETURN_IF(for_element(dtype, [&]<class T>() {
+      const bool aligned = aligned_to_16({x, weight, grad, dx, partial}) && width % kChunk<T> == 0;
+      return for_vector<T>(aligned, [&]<int W>() {
+        return for_width(width, [&]<int kGroup>() {
+          const size_t smem = kNormRows<kGroup> > 1 ? 2 * width * sizeof(float) : 0;
+          return launch(layer_norm_bwd_kernel<T, W, kGroup>, partials, kNormThreads<kGroup>, smem,
+                        stream, static_cast<const T*>(x), weight, static_cast<const T*>(grad),
+                        stats, static_cast<T*>(dx), partial, rows,
+                        static_cast<int>(width));
+        });
+      });
+    }));
+  }
+  return sum_partials(partial, d_parameters, partials, 2 * width, stream);
+}

@@ -1,0 +1,100 @@
+// The training operations besides attention, as C functions. candle-rope-attn/src/ops says what
+// each computes. Tensors are contiguous; `dtype` is an AttnDtype and that of every `void*`; sums
+// and arithmetic are in f32.
+//
+// All enqueue on `stream` of the current device and return ATTN_OK, an AttnError, or a
+// cudaError_t. Results are the same bits on every call. Pointers need the alignment of their
+// elements only; 16 bytes make it fast.
+#ifndef OPS_H
+#define OPS_H
+
+#include "attn_params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// x, y, grad, dx: [len].
+int op_gelu_fwd(int32_t dtype, const void* x, void* y, int64_t len, void* stream);
+int op_gelu_bwd(int32_t dtype, const void* x, const void* grad, void* dx, int64_t len,
+                void* stream);
+
+// x, y: [len]. Word i % 4 of Philox4x32-10 with counter (i / 4, 0, 0) and key (low, high word of
+// seed) below p * 2^32 drops element i; kept ones are divided by 1 - p.
+int op_dropout(int32_t dtype, const void* x, void* y, int64_t len, float p, uint64_t seed,
+               void* stream);
+
+// y: [rows, columns], every row a copy of bias [columns].
+int op_fill_rows(int32_t dtype, const void* bias, void* y, int64_t rows, int64_t columns,
+                 void* stream);
+
+// sums [columns] of x [rows, columns]. partial: f32 [op_column_sum_partials(..), columns].
+int64_t op_column_sum_partials(int64_t rows, int64_t columns);
+int op_column_sum(int32_t dtype, const void* x, void* sums, float* partial, int64_t rows,
+                  int64_t columns, void* stream);
+
+// x, y, grad, dx: [rows, width], width 1 to OP_LAYER_NORM_MAX_WIDTH; weight, bias: f32 [width];
+// stats: f32 [rows, 2], mean and reciprocal deviation, written by the forward; d_parameters: f32
+// [2, width], gradients of weight and bias. partial: f32 [op_layer_norm_partials(..), 2, width].
+enum { OP_LAYER_NORM_MAX_WIDTH = 8192 };
+int64_t op_layer_norm_partials(int64_t rows, int64_t width);
+int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const float* bias, void* y,
+                      float* stats, int64_t rows, int64_t width, float eps, void* stream);
+int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
+                      const float* stats, void* dx, float* d_parameters, float* partial,
+                      int64_t rows, int64_t width, void* stream);
+
+// table: [count, width]; rows: [len]; y, grad: [len, width]. A row number from `count` on gives
+// NaN, and no gradient. d_table: [count, width], written in full. op_scatter_rows_workspace stores
+// the bytes of workspace that op_scatter_rows needs.
+int op_gather_rows(int32_t dtype, const void* table, const uint32_t* rows, void* y, int64_t len,
+                   int64_t count, int64_t width, void* stream);
+int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t* bytes);
+int op_scatter_rows(int32_t dtype, const void* grad, const uint32_t* rows, void* d_table,
+                    void* workspace, int64_t len, int64_t count, int64_t width, void* stream);
+
+// logits, d_logits: [rows, vocab]; labels: [rows]; lse, losses: f32 [rows]; loss, its mean, and
+// grad, the gradient of that: one f32. A label from `vocab` on makes the loss NaN.
+int op_cross_entropy_fwd(int32_t dtype, const void* logits, const uint32_t* labels, float* lse,
+                         float* losses, float* loss, int64_t rows, int64_t vocab, void* stream);
+int op_cross_entropy_bwd(int32_t dtype, const void* logits, const uint32_t* labels,
+                         const float* lse, const float* grad, void* d_logits, int64_t rows,
+                         int64_t vocab, void* stream);
+
+typedef struct OpTensor {
+  const void* ptr;
+  int64_t len;
+  int32_t dtype;
+} OpTensor;
+
+// norm: one f32, the norm of all elements of `count` tensors.
+// partial: f32 [op_global_norm_partials(..)].
+int64_t op_global_norm_partials(const OpTensor* tensors, int64_t count);
+int op_global_norm(const OpTensor* tensors, int64_t count, float* partial, float* norm,
+                   void* stream);
+
+typedef struct OpAdamWTensor {
+  float* parameter;  // [grad.len]
+  float* moments;    // [2, grad.len]
+  OpTensor grad;
+  float keep;  // 1 - lr * weight_decay
+} OpAdamWTensor;
+
+typedef struct OpAdamW {
+  const float* grad_norm;  // one f32; where it is not finite nothing changes
+  uint32_t* steps;         // updates made so far; counted up
+  float* scalars;          // [4], workspace
+  double lr;
+  double max_norm;  // gradients are scaled by min(1, max_norm / (grad_norm + 1e-6)); may be inf
+  double beta1;
+  double beta2;
+  double eps;
+} OpAdamW;
+
+// One step for `count` tensors.
+int op_adamw(const OpAdamW* params, const OpAdamWTensor* tensors, int64_t count, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
