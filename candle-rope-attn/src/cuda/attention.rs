@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::ffi::{self, AttnParams, AttnTensor};
-use super::{Pointers, alloc, alloc_storage, check, cuda_storage, tensor, upload};
+use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor, upload};
 use crate::batch::{Batch, View, qkv_views};
 use crate::position::{BiasTable, RopeTable, distances};
 use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Rope, RopePairing};
@@ -183,11 +183,7 @@ impl<'a> Attention<'a> {
             seqlen: int("the longest sequence", self.batch.seqlen)?,
             num_heads: int("num_heads", self.spec.num_heads)?,
             head_dim: int("head_dim", self.spec.head_dim)?,
-            dtype: match self.dtype() {
-                DType::BF16 => ffi::ATTN_BF16,
-                DType::F16 => ffi::ATTN_F16,
-                _ => ffi::ATTN_F32,
-            },
+            dtype: dtype_code(self.dtype()),
             causal: self.spec.causal.into(),
             window_left: limit(left),
             window_right: limit(right),

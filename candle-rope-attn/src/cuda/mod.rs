@@ -3,6 +3,8 @@
 pub(crate) mod attention;
 pub(crate) mod device;
 mod ffi;
+pub(crate) mod ops;
+mod ops_ffi;
 mod upload;
 
 use std::ffi::{CStr, c_int, c_void};
@@ -16,14 +18,15 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor
 
 pub(crate) use upload::upload;
 
-/// Evaluates an expression with `$slice` as the elements of a storage of F32, BF16 or F16.
+/// Evaluates an expression with `$slice` as the elements of a storage of F32, BF16, F16 or U32.
 macro_rules! with_slice {
     ($storage_slice:expr, $slice:ident => $body:expr) => {
         match $storage_slice {
             CudaStorageSlice::F32($slice) => $body,
             CudaStorageSlice::BF16($slice) => $body,
             CudaStorageSlice::F16($slice) => $body,
-            _ => bail!("got elements of another dtype, expected F32, BF16 or F16"),
+            CudaStorageSlice::U32($slice) => $body,
+            _ => bail!("got elements of another dtype, expected F32, BF16, F16 or U32"),
         }
     };
 }
@@ -95,14 +98,23 @@ impl<'a> Pointers<'a> {
         pointer as *mut T
     }
 
-    /// As [`Self::read`], of F32, BF16 or F16.
+    /// As [`Self::read`], of F32, BF16, F16 or U32.
     pub fn read_storage(&mut self, storage: &'a CudaStorage) -> Result<*const c_void> {
         Ok(with_slice!(&storage.slice, slice => self.read(slice).cast()))
     }
 
-    /// As [`Self::write`], of F32, BF16 or F16.
+    /// As [`Self::write`], of F32, BF16, F16 or U32.
     pub fn write_storage(&mut self, storage: &'a mut CudaStorage) -> Result<*mut c_void> {
         Ok(with_slice!(&mut storage.slice, slice => self.write(slice).cast()))
+    }
+}
+
+/// The `AttnDtype` of a dtype that the operation has checked.
+pub(crate) fn dtype_code(dtype: DType) -> i32 {
+    match dtype {
+        DType::BF16 => ffi::ATTN_BF16,
+        DType::F16 => ffi::ATTN_F16,
+        _ => ffi::ATTN_F32,
     }
 }
 

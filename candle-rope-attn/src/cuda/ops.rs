@@ -7,14 +7,13 @@ use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t::{CUBLAS_O
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, Gemm, GemmConfig};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::op::BackpropOp;
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor, bail,
+    CudaDevice, CudaStorage, DType, Layout, Result, Shape, StorageRef, Tensor, bail,
 };
 use half::{bf16, f16};
 
 use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTensor};
-use super::{Pointers, alloc, alloc_storage, check, dtype_code};
+use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor};
 use crate::spec::Dropout;
 
 /// A contiguous tensor.
@@ -45,19 +44,6 @@ fn input<'a>(pointers: &mut Pointers<'a>, (storage, layout): Input<'a>) -> Resul
     };
     let base = pointers.read_storage(storage)?;
     Ok(base.wrapping_byte_add(start * storage.dtype().size_in_bytes()))
-}
-
-/// A tensor that carries no gradient.
-pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-}
-
-/// The storage of a tensor whose lock is held.
-fn cuda_storage<'a>(storage: &'a StorageRef) -> Result<&'a CudaStorage> {
-    match &**storage {
-        Storage::Cuda(storage) => Ok(storage),
-        other => bail!("got a tensor on {:?}, expected a GPU", other.device().location()),
-    }
 }
 
 fn describe(op: &str, layout: &Layout, dtype: DType) -> String {
@@ -140,9 +126,12 @@ pub(crate) fn linear(
     let (x_from, weight_from) = (x.1.start_offset(), weight.1.start_offset());
     use CudaStorageSlice::{BF16, F16, F32};
     match (&x.0.slice, &weight.0.slice, &mut y.slice) {
-        (F32(x), F32(weight), F32(y)) => {
-            product.run([1.0, 0.0], x.slice(x_from..), weight.slice(weight_from..), y)
-        }
+        (F32(x), F32(weight), F32(y)) => product.run(
+            [1.0, 0.0],
+            x.slice(x_from..),
+            weight.slice(weight_from..),
+            y,
+        ),
         (BF16(x), BF16(weight), BF16(y)) => {
             let factors = [bf16::ONE, bf16::ZERO];
             product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
@@ -151,7 +140,10 @@ pub(crate) fn linear(
             let factors = [f16::ONE, f16::ZERO];
             product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
         }
-        _ => bail!("linear: got weight of dtype {:?} for x of {dtype:?}", weight.0.dtype()),
+        _ => bail!(
+            "linear: got weight of dtype {:?} for x of {dtype:?}",
+            weight.0.dtype()
+        ),
     }?;
     Ok(y)
 }
@@ -177,7 +169,10 @@ impl Product<'_> {
         let mut sizes = [0; 3];
         for (size, &from) in sizes.iter_mut().zip(&self.sizes) {
             *size = i32::try_from(from).or_else(|_| {
-                bail!("linear on CUDA: a size is {from}, more than {}; split the batch", i32::MAX)
+                bail!(
+                    "linear on CUDA: a size is {from}, more than {}; split the batch",
+                    i32::MAX
+                )
             })?;
         }
         let [rows, inputs, outputs] = sizes;
@@ -308,11 +303,7 @@ pub(crate) fn gather_rows(table: Input, rows: Input) -> Result<(CudaStorage, Sha
 }
 
 /// The sum of the rows of a gradient at their numbers, in a table of `count` rows.
-pub(crate) fn scatter_rows(
-    grad: Input,
-    rows: Input,
-    count: usize,
-) -> Result<(CudaStorage, Shape)> {
+pub(crate) fn scatter_rows(grad: Input, rows: Input, count: usize) -> Result<(CudaStorage, Shape)> {
     let (len, width) = grad.1.shape().dims2()?;
     let (device, dtype) = (grad.0.device(), grad.0.dtype());
     let what = || describe("scatter_rows", grad.1, dtype);
@@ -388,7 +379,12 @@ struct Locked<'a>(Vec<(StorageRef<'a>, &'a Layout)>);
 
 impl<'a> Locked<'a> {
     fn new(tensors: impl IntoIterator<Item = &'a Tensor>) -> Self {
-        Self(tensors.into_iter().map(Tensor::storage_and_layout).collect())
+        Self(
+            tensors
+                .into_iter()
+                .map(Tensor::storage_and_layout)
+                .collect(),
+        )
     }
 
     /// Their descriptions for a launch.

@@ -37,6 +37,9 @@ fn reference_is_right() {
 }
 
 fn check(device: &Device, count: usize, width: usize, rows: &[u32]) -> Result<()> {
+    if !device.is_cpu() && rows.is_empty() {
+        return Ok(()); // Candle has no empty tensors on a GPU.
+    }
     let indices = Tensor::new(rows, device)?;
     for dtype in DTYPES {
         compare(

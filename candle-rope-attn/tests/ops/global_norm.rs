@@ -7,11 +7,10 @@ use crate::common::{Input, device_tests, values};
 device_tests!(matches_reference, not_finite);
 
 fn matches_reference(device: &Device) -> Result<()> {
-    let shapes: [(&[usize], DType); 6] = [
+    let shapes: [(&[usize], DType); 5] = [
         (&[3], DType::F32),
         (&[70_000], DType::F32),
         (&[7, 9], DType::BF16),
-        (&[0], DType::F32),
         (&[1000, 131], DType::F16),
         (&[], DType::F32),
     ];
@@ -23,7 +22,7 @@ fn matches_reference(device: &Device) -> Result<()> {
                 .as_detached_tensor(),
         );
     }
-    tensors.push(tensors[4].t()?.narrow(0, 3, 50)?);
+    tensors.push(tensors[3].t()?.narrow(0, 3, 50)?);
     let mut squares = 0.0;
     for tensor in &tensors {
         squares += values(tensor)?.iter().map(|x| x * x).sum::<f64>();

@@ -59,7 +59,7 @@ fn op(x: &[Tensor]) -> candle_core::Result<Tensor> {
 }
 
 fn matches_reference(device: &Device) -> Result<()> {
-    let shapes: [&[usize]; 10] = [
+    let shapes: [&[usize]; 11] = [
         &[4, 1],
         &[3, 5],
         &[0, 8],
@@ -68,6 +68,7 @@ fn matches_reference(device: &Device) -> Result<()> {
         &[65, 257],
         &[100, 768],
         &[1000, 128],
+        &[4000, 64],
         &[3, 1024],
         &[5, 5000],
     ];
