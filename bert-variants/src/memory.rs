@@ -1,26 +1,42 @@
 //! How much memory a computation needs.
 
+use candle_core::{Device, Result};
+use candle_rope_attn::CudaMemory;
 use peak_alloc::PeakAlloc;
 
 /// Measures the highest memory in use from its start on, beyond what was in use then.
 ///
-/// Counts the heap, for which the program must have installed [`PeakAlloc`] as its global
-/// allocator; otherwise it measures 0.
-pub struct PeakMeter {
-    start: usize,
+/// Counts the tensors of a GPU, or the heap, for which the program must have installed
+/// [`PeakAlloc`] as its global allocator; otherwise it measures 0.
+pub struct PeakMeter<'a> {
+    device: &'a Device,
+    start: u64,
 }
 
-impl PeakMeter {
+impl<'a> PeakMeter<'a> {
     /// Starts measuring; one meter at a time.
-    pub fn start() -> Self {
+    ///
+    /// # Errors
+    /// When the GPU's driver does not answer.
+    pub fn start(device: &'a Device) -> Result<Self> {
+        CudaMemory::reset_peak(device)?;
         PeakAlloc.reset_peak_usage();
-        Self {
-            start: PeakAlloc.current_usage(),
-        }
+        let start = match CudaMemory::of(device)? {
+            Some(memory) => memory.used,
+            None => PeakAlloc.current_usage() as u64,
+        };
+        Ok(Self { device, start })
     }
 
     /// Bytes.
-    pub fn peak_bytes(&self) -> u64 {
-        PeakAlloc.peak_usage().saturating_sub(self.start) as u64
+    ///
+    /// # Errors
+    /// When the GPU's driver does not answer.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        let peak = match CudaMemory::of(self.device)? {
+            Some(memory) => memory.peak,
+            None => PeakAlloc.peak_usage() as u64,
+        };
+        Ok(peak.saturating_sub(self.start))
     }
 }

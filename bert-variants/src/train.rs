@@ -320,6 +320,7 @@ impl Trainer {
     pub fn train(&mut self, data: &RunData, stop: &AtomicBool) -> Result<Outcome> {
         let passes = self.config.gradient_accumulation;
         let schedule = self.config.schedule();
+        let device = self.parameters.device().clone();
         let bar = progress_bar(&self.config, self.progress.step);
         if self.progress.step == 0 {
             self.evaluate(&data.eval, &bar)?;
@@ -328,7 +329,7 @@ impl Trainer {
         self.clock.start();
         while self.progress.step < self.config.steps {
             let batches = batches.by_ref().take(passes).collect::<Result<Vec<_>>>()?;
-            let meter = PeakMeter::start();
+            let meter = PeakMeter::start(&device)?;
             self.window.lr = schedule.lr(self.progress.step);
             let (loss, gradients) = self.gradients(&batches)?;
             let norm = global_norm(&gradients)?;
@@ -338,7 +339,7 @@ impl Trainer {
                 &norm,
                 Some(self.config.max_grad_norm),
             )?;
-            self.count_step(&batches, loss, norm, meter.peak_bytes());
+            self.count_step(&batches, loss, norm, meter.peak_bytes()?);
             self.check_finite(&gradients)?;
 
             bar.set_position(self.progress.step);

@@ -110,6 +110,8 @@ mod position;
 pub mod reference;
 mod spec;
 
+use candle_core::{Device, Result};
+
 pub use op::{attention, attention_qkvpacked, attention_qkvpacked_with_bias, attention_with_bias};
 
 pub use spec::{
@@ -123,7 +125,7 @@ pub use spec::{
 /// Says what to do when there is no such GPU or it is too old for the kernels, when the NVIDIA
 /// driver is missing or too old, and when this program was built without the feature `cuda`.
 #[cfg(feature = "cuda")]
-pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
+pub fn cuda_device(ordinal: usize) -> Result<Device> {
     cuda::device::open(ordinal)
 }
 
@@ -132,8 +134,43 @@ pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
 /// # Errors
 /// Always: this program was built without the feature `cuda`.
 #[cfg(not(feature = "cuda"))]
-pub fn cuda_device(ordinal: usize) -> candle_core::Result<candle_core::Device> {
+pub fn cuda_device(ordinal: usize) -> Result<Device> {
     candle_core::bail!(
         "GPU {ordinal} was asked for, but this program was built without CUDA; build with --features cuda"
     )
+}
+
+/// Memory of a GPU that tensors use, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaMemory {
+    /// Now.
+    pub used: u64,
+    /// At most, since the start or the last [`CudaMemory::reset_peak`].
+    pub peak: u64,
+}
+
+impl CudaMemory {
+    /// That of `device`, or `None` where it is no GPU.
+    ///
+    /// # Errors
+    /// When the driver does not answer.
+    pub fn of(device: &Device) -> Result<Option<Self>> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => cuda::device::memory(device).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Sets the peak to what is in use now; does nothing where `device` is no GPU.
+    ///
+    /// # Errors
+    /// When the driver does not answer.
+    pub fn reset_peak(device: &Device) -> Result<()> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => cuda::device::reset_peak_memory(device),
+            _ => Ok(()),
+        }
+    }
 }

@@ -653,7 +653,11 @@ mod tests {
         let scaled = json!({"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0});
         assert!(parse(&with(nomic.clone(), "rope_parameters", scaled)).is_err());
         // A key that transformers ignores there.
-        assert!(!parse(&with(nomic, "is_decoder", json!(true))).unwrap().is_decoder);
+        assert!(
+            !parse(&with(nomic, "is_decoder", json!(true)))
+                .unwrap()
+                .is_decoder
+        );
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
 use candle_core::cuda_backend::{CudaError, WrapErr};
-use candle_core::{Device, Error, Result, bail};
+use candle_core::{CudaDevice, Device, Error, Result, bail};
 use sys::cudaError_enum as Code;
+
+use crate::CudaMemory;
 
 /// The version of CUDA that this program was built with, as `cuDriverGetVersion` counts: 13020 is
 /// 13.2.
@@ -78,12 +80,43 @@ fn check_driver() -> Result<()> {
 /// at each synchronisation, and is slow to get again.
 fn keep_freed_memory(context: &CudaContext) -> Result<()> {
     let mut threshold = u64::MAX;
-    // SAFETY: the device exists, its default pool always does, and the attribute is a u64.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
-    }
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let pool = pool(context)?;
+    // SAFETY: the pool exists, and the attribute is a u64.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()) }.w()
+}
+
+/// See [`crate::CudaMemory::of`].
+pub(crate) fn memory(device: &CudaDevice) -> Result<CudaMemory> {
+    use sys::CUmemPool_attribute::{
+        CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    };
+    let pool = pool(device.cuda_stream().context())?;
+    let read = |attribute| -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: the pool exists, and the attribute is a u64.
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()?;
+        Ok(bytes)
+    };
+    Ok(CudaMemory {
+        used: read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        peak: read(CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+    })
+}
+
+/// See [`crate::CudaMemory::reset_peak`].
+pub(crate) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // Only 0 may be set, and means what is in use now.
+    let mut bytes = 0u64;
+    let pool = pool(device.cuda_stream().context())?;
+    // SAFETY: the pool exists, and the attribute is a u64.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()
+}
+
+fn pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    // SAFETY: the device of a context exists.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.w()
 }
 
 /// The error, or a clearer one if GPU memory ran out.
