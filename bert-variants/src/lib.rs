@@ -6,15 +6,18 @@ use std::io::IsTerminal;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod lines;
 pub mod memory;
 pub mod model;
 mod names;
 pub mod parameters;
+pub mod predict;
 pub mod pretrain;
 pub mod record;
 pub mod report;
 pub mod schedule;
 pub mod settings;
+pub mod text;
 pub mod tokenizer;
 pub mod train;
 

@@ -13,9 +13,10 @@ use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::bert::BertProcessing;
+use tokenizers::utils::truncation::truncate_encodings;
 use tokenizers::{
     AddedToken, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential,
-    OffsetType, PreTokenizedString, PreTokenizer,
+    OffsetType, PostProcessor, PreTokenizedString, PreTokenizer, TruncationParams,
 };
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -243,6 +244,37 @@ impl Tokenizer {
             .par_iter()
             .map(|text| self.encode(text.as_ref()))
             .collect()
+    }
+
+    /// A text, or two that belong together, as a model reads them: with the special tokens around,
+    /// cut at its end to at most `max_length` tokens, of two texts the longer one first. Token ids,
+    /// and for each token the segment that it belongs to.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`], and when `max_length` has no room for the special tokens.
+    pub fn encode_for_model(
+        &self,
+        text: &str,
+        pair: Option<&str>,
+        max_length: usize,
+    ) -> Result<(Vec<u32>, Vec<u32>)> {
+        let encode = |text| self.inner.encode_fast(text, false);
+        let encode_all = || {
+            let pair = pair.map(encode).transpose()?;
+            let processor = self.inner.get_post_processor();
+            let added = processor.map_or(0, |processor| processor.added_tokens(pair.is_some()));
+            let truncation = TruncationParams {
+                max_length: max_length.saturating_sub(added),
+                ..TruncationParams::default()
+            };
+            let (text, pair) = truncate_encodings(encode(text)?, pair, &truncation)?;
+            self.inner.post_process(text, pair, true)
+        };
+        let encoding = encode_all().map_err(anyhow::Error::from_boxed)?;
+        Ok((
+            encoding.get_ids().to_vec(),
+            encoding.get_type_ids().to_vec(),
+        ))
     }
 
     /// Text of token ids; with `skip_special_tokens` without `[CLS]` and its like.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// More than any model has; sizes beyond are mistakes that would use up memory.
-const MAX_LAYERS: usize = 10_000;
+const MAX_LAYERS: usize = 1_000;
 const MAX_LABELS: usize = 1_000_000;
 
 /// The kinds of model that we read and write, by Hugging Face's `model_type`.

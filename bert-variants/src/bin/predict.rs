@@ -1,0 +1,98 @@
+//! Fills masks in texts, or classifies them, with a model of a Hugging Face directory.
+
+use anyhow::Result;
+use bert_variants::lines::{Line, LinesConfig, answer_lines};
+use bert_variants::predict::{Classifier, FillMask};
+use bert_variants::pretrain::open_device;
+use bert_variants::text::Text;
+use bert_variants::train::Precision;
+use clap::{Parser, Subcommand};
+use serde_json::{Map, Value, json};
+
+/// Fill masks in texts, or classify them.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// The most probable tokens for each mask of a text, such as "Paris is in [MASK].".
+    FillMask {
+        #[command(flatten)]
+        model: Model,
+        /// Candidates for each mask.
+        #[arg(long, default_value_t = 5)]
+        top_k: usize,
+    },
+    /// The label of a text, or of two, with the probabilities of all labels.
+    Classify {
+        #[command(flatten)]
+        model: Model,
+        /// Most tokens of a text, the rest of which is cut off [default: what the model can read]
+        #[arg(long)]
+        max_length: Option<usize>,
+    },
+}
+
+#[derive(clap::Args)]
+struct Model {
+    /// Model directory, or a Hub id owner/name.
+    #[arg(long)]
+    model: String,
+    #[command(flatten)]
+    lines: LinesConfig,
+    /// cpu, cuda, or cuda:N for the GPU of that number.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Arithmetic of the model.
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    dtype: Precision,
+}
+
+fn main() -> Result<()> {
+    bert_variants::init_logging();
+    match Cli::parse().task {
+        Task::FillMask { model, top_k } => {
+            let device = open_device(&model.device)?;
+            let fill_mask = FillMask::from_pretrained(&model.model, model.dtype.dtype(), &device)?;
+            answer_lines(&model.lines, |lines| {
+                let texts: Vec<&str> = lines.iter().map(|line| line.text.as_str()).collect();
+                let masks = fill_mask.predict(&texts, top_k)?.into_iter();
+                Ok(masks.map(|masks| json!({ "masks": masks })).collect())
+            })
+        }
+        Task::Classify { model, max_length } => {
+            let device = open_device(&model.device)?;
+            let dtype = model.dtype.dtype();
+            let classifier = Classifier::from_pretrained(&model.model, max_length, dtype, &device)?;
+            answer_lines(&model.lines, |lines| classify(&classifier, lines))
+        }
+    }
+}
+
+fn classify(classifier: &Classifier, lines: &[Line]) -> Result<Vec<Value>> {
+    let texts: Vec<Text> = lines.iter().map(Line::as_text).collect();
+    let answer = |classification: bert_variants::predict::Classification| {
+        let labels = classifier.labels().iter().cloned();
+        let named = labels
+            .zip(&classification.scores)
+            .map(|(label, score)| (label, json!(score)));
+        let scores: Map<String, Value> = named.collect();
+        match classifier.is_regression() {
+            true => json!({ "scores": scores }),
+            false => json!({
+                "label": classifier.labels()[classification.label],
+                "score": classification.scores[classification.label],
+                "scores": scores,
+            }),
+        }
+    };
+    Ok(classifier
+        .predict(&texts)?
+        .into_iter()
+        .map(answer)
+        .collect())
+}
