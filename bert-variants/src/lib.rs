@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod finetune;
 pub mod lines;
 pub mod memory;
 pub mod model;

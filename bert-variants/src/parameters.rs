@@ -4,7 +4,7 @@
 //! of a layer are one parameter, `attention.self.qkv`, so that they are one matrix product.
 //! `names.rs` says what the weights are called on disk.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
@@ -70,6 +70,7 @@ pub(crate) struct Layout {
 pub struct Parameters {
     vars: Vec<(String, Var)>,
     index: HashMap<String, usize>,
+    frozen: HashSet<String>,
 }
 
 impl Parameters {
@@ -108,12 +109,47 @@ impl Parameters {
         Ok(Self {
             index: index.collect(),
             vars,
+            frozen: HashSet::new(),
         })
     }
 
     /// Names and variables, in a fixed order.
     pub fn vars(&self) -> &[(String, Var)] {
         &self.vars
+    }
+
+    /// Names and variables of those that are trained, in the same order.
+    pub fn trained(&self) -> impl Iterator<Item = (&str, &Var)> {
+        let vars = self.vars.iter().map(|(name, var)| (name.as_str(), var));
+        vars.filter(|(name, _)| !self.frozen.contains(*name))
+    }
+
+    /// Models made from now on do not train the parameters whose names are chosen.
+    pub fn freeze(&mut self, choose: impl Fn(&str) -> bool) {
+        let names = self.vars.iter().map(|(name, _)| name);
+        self.frozen = names.filter(|name| choose(name)).cloned().collect();
+    }
+
+    /// Copies of all values, for [`Parameters::assign`].
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub(crate) fn copy(&self) -> Result<Vec<Tensor>> {
+        self.vars
+            .iter()
+            .map(|(_, var)| Ok(var.as_tensor().copy()?.detach()))
+            .collect()
+    }
+
+    /// Takes over values of [`Parameters::copy`].
+    ///
+    /// # Errors
+    /// When they are of other parameters.
+    pub(crate) fn assign(&self, values: &[Tensor]) -> Result<()> {
+        for ((_, var), value) in self.vars.iter().zip(values) {
+            var.set(value)?;
+        }
+        Ok(())
     }
 
     /// The parameter of that name: to train it, or else detached (sharing its memory), so that
@@ -127,7 +163,7 @@ impl Parameters {
             .get(name)
             .with_context(|| format!("the model has no weight {name}"))?;
         let tensor = self.vars[*at].1.as_tensor();
-        Ok(if trainable {
+        Ok(if trainable && !self.frozen.contains(name) {
             tensor.clone()
         } else {
             tensor.detach()

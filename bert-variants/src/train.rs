@@ -549,7 +549,7 @@ impl Trainer {
 }
 
 /// Whether AdamW decays a parameter: not biases and LayerNorm, as in Devlin et al. 2018.
-fn decays(name: &str) -> bool {
+pub(crate) fn decays(name: &str) -> bool {
     !name.ends_with(".bias") && !name.contains("LayerNorm")
 }
 

@@ -16,7 +16,7 @@ use candle_core::Device;
 use candle_rope_attn::ops::{AdamW, AdamWState};
 
 pub use card::ModelCard;
-pub use pretrained::{Pretrained, from_pretrained, save_pretrained};
+pub use pretrained::{Pretrained, from_pretrained, from_pretrained_as, save_pretrained};
 
 use crate::config::BertConfig;
 use crate::parameters::Parameters;

@@ -79,6 +79,20 @@ pub fn save_pretrained(
 /// When there is no such directory and the Hub cannot be reached, when a file is missing or
 /// damaged, or when configuration and weights do not fit each other or are not supported.
 pub fn from_pretrained(name: &str, task: Task, seed: u64, device: &Device) -> Result<Pretrained> {
+    from_pretrained_as(name, |config| config.with_task(task), seed, device)
+}
+
+/// As [`from_pretrained`], of a model whose configuration is changed before its weights are read,
+/// for instance by other labels.
+///
+/// # Errors
+/// As [`from_pretrained`].
+pub fn from_pretrained_as(
+    name: &str,
+    change: impl FnOnce(BertConfig) -> BertConfig,
+    seed: u64,
+    device: &Device,
+) -> Result<Pretrained> {
     let dir = locate(name)?;
     let path = dir.join(CONFIG);
     ensure!(
@@ -86,7 +100,8 @@ pub fn from_pretrained(name: &str, task: Task, seed: u64, device: &Device) -> Re
         "{name} has no {CONFIG}; expected a model directory with {CONFIG} and {WEIGHTS}{}",
         pickle_hint(&dir)
     );
-    let config = BertConfig::from_file(&path)?.with_task(task);
+    let config = change(BertConfig::from_file(&path)?);
+    config.validate()?;
     let loaded = read_weights(&config, &dir, seed, device)
         .with_context(|| format!("cannot load the weights of {}", dir.display()))?;
     Ok(Pretrained {

@@ -224,17 +224,23 @@ pub enum Targets<'a> {
 }
 
 /// The loss that transformers takes for `problem_type`: cross-entropy, mean squared error or
-/// binary cross-entropy, means.
-fn classification_loss(
+/// binary cross-entropy, means. Of the probability that cross-entropy aims at, the share
+/// `smoothing` is the same for all classes (Szegedy et al. 2015, section 7).
+pub(crate) fn classification_loss(
     logits: &Tensor,
     targets: Targets,
     problem_type: ProblemType,
+    smoothing: f64,
 ) -> Result<Tensor> {
     let (rows, labels) = logits.dims2()?;
     match (problem_type, targets) {
         (ProblemType::SingleLabelClassification, Targets::Classes(classes)) => {
             check_ids("class", classes, labels, "number of labels")?;
-            Ok(cross_entropy(logits, &column(classes, logits)?)?)
+            let loss = cross_entropy(logits, &column(classes, logits)?)?;
+            if smoothing == 0.0 {
+                return Ok(loss);
+            }
+            Ok(((loss * (1.0 - smoothing))? + (uniform_cross_entropy(logits)? * smoothing)?)?)
         }
         (_, Targets::Values(values)) if problem_type != ProblemType::SingleLabelClassification => {
             ensure!(
@@ -254,6 +260,15 @@ fn classification_loss(
         }
         (_, targets) => anyhow::bail!("{problem_type:?} does not learn from {targets:?}"),
     }
+}
+
+/// Mean cross-entropy against all classes alike.
+fn uniform_cross_entropy(logits: &Tensor) -> Result<Tensor> {
+    let logits = f32(logits)?;
+    let highest = logits.detach().max_keepdim(D::Minus1)?;
+    let logits = logits.broadcast_sub(&highest)?;
+    let normalizer = logits.exp()?.sum(D::Minus1)?.log()?;
+    Ok((normalizer.mean_all()? - logits.mean_all()?)?)
 }
 
 /// Labels sequences: `BertForSequenceClassification` and its kin.
@@ -307,7 +322,7 @@ impl SequenceClassifier {
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
         let logits = self.logits(tokens, dropout_seed)?;
-        classification_loss(&logits, targets, self.encoder.config().problem_type())
+        classification_loss(&logits, targets, self.encoder.config().problem_type(), 0.0)
     }
 }
 
@@ -361,7 +376,7 @@ impl TokenClassifier {
         let logits = self.logits(tokens, dropout_seed)?;
         let logits = gather_rows(&logits, &column(positions, &logits)?)?;
         let problem_type = ProblemType::SingleLabelClassification;
-        classification_loss(&logits, Targets::Classes(classes), problem_type)
+        classification_loss(&logits, Targets::Classes(classes), problem_type, 0.0)
     }
 }
 

@@ -7,6 +7,8 @@ mod encoder;
 mod heads;
 mod layers;
 
+pub(crate) use heads::classification_loss;
+
 pub use encoder::{Encoder, Tokens};
 pub use heads::{
     LanguageModel, QuestionAnswerer, Score, SentenceEncoder, SequenceClassifier, Targets,

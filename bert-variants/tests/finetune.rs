@@ -1,0 +1,286 @@
+//! Fine-tuning: tasks are read, learned, recorded and saved.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bert_variants::checkpoint::from_pretrained;
+use bert_variants::config::{ProblemType, Task};
+use bert_variants::finetune::{
+    Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune,
+};
+use bert_variants::predict::Classifier;
+use candle_core::{DType, Device};
+use serde_json::Value;
+
+/// A tiny model with a vocabulary of the words `w5` to `w31`.
+fn model(dir: &Path) -> String {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert-masked-lm");
+    let dir = dir.join("start");
+    fs::create_dir(&dir).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(from.join(file), dir.join(file)).unwrap();
+    }
+    let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(String::from);
+    let words = special.into_iter().chain((5..32).map(|i| format!("w{i}")));
+    fs::write(dir.join("vocab.txt"), words.collect::<Vec<_>>().join("\n")).unwrap();
+    dir.to_str().unwrap().to_string()
+}
+
+/// Texts whose label is whether `w7` is in them.
+fn write_texts(path: &Path, from: usize, to: usize, label: impl Fn(bool) -> String) {
+    let mut table = String::from("text,label\n");
+    for i in from..to {
+        let words = [
+            5 + i * 7 % 13,
+            18 + i * 5 % 14,
+            if i % 2 == 0 { 7 } else { 31 },
+        ];
+        let [a, b, c] = words.map(|word| format!("w{word}"));
+        let has = words.contains(&7);
+        table += &format!("\"{a} {b}, \"\"{c}\"\"\",{}\n", label(has));
+    }
+    fs::write(path, table).unwrap();
+}
+
+fn config(dir: &Path, label: impl Fn(bool) -> String) -> FinetuneConfig {
+    let (train, eval) = (dir.join("train.csv"), dir.join("eval.csv"));
+    write_texts(&train, 0, 200, &label);
+    write_texts(&eval, 200, 260, &label);
+    let mut config = FinetuneConfig::default();
+    config.run.model = model(dir);
+    config.run.out = dir.join("out");
+    config.data.train_file = Some(train);
+    config.data.eval_file = Some(eval);
+    config.data.max_length = 14;
+    config.train.epochs = 4;
+    config.train.batch_size = 10;
+    config.train.lr = 5e-3;
+    config
+}
+
+fn records(path: PathBuf) -> Vec<FinetuneRecord> {
+    let text = fs::read_to_string(path.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn lines(path: PathBuf) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn classes_are_learned_saved_and_predicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| if has { "yes" } else { "no" }.to_string());
+    config.run.seeds = vec![1, 2];
+    config.train.label_smoothing = 0.1;
+    config.data.predict_file = Some(dir.path().join("predict.jsonl"));
+    let texts = "{\"text\": \"w9 w20 w7\"}\n{\"text\": \"w9 w20 w31\"}\n";
+    fs::write(dir.path().join("predict.jsonl"), texts).unwrap();
+    let report = fs::read_to_string(finetune(&config).unwrap()).unwrap();
+    assert!(report.contains("dev accuracy") && report.contains("seed 2"));
+
+    for seed in ["seed1", "seed2"] {
+        let dir = config.run.out.join(seed);
+        let scores: Vec<f64> = records(dir.clone())
+            .iter()
+            .filter_map(|record| match record {
+                FinetuneRecord::Eval(evaluation) => Some(evaluation.score()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(scores.len(), 4);
+        let best = scores.iter().copied().fold(0.0, f64::max);
+        assert!(best > 0.95, "{seed}: {scores:?}");
+
+        // The model on disk is the best one, and predicts what is written.
+        let predictions = lines(dir.join("predictions-dev.jsonl"));
+        let right = predictions
+            .iter()
+            .filter(|line| line["label"] == line["truth"])
+            .count();
+        assert_eq!(right as f64 / predictions.len() as f64, best);
+        let model = dir.join("model");
+        let classifier =
+            Classifier::from_pretrained(model.to_str().unwrap(), None, DType::F32, &Device::Cpu);
+        let classifier = classifier.unwrap();
+        assert_eq!(classifier.labels(), ["no", "yes"]);
+        let predicted = classifier
+            .predict(&["w9 w20 w7".into(), "w9 w20 w31".into()])
+            .unwrap();
+        assert_eq!(
+            predicted.iter().map(|p| p.label).collect::<Vec<_>>(),
+            [1, 0]
+        );
+        let predictions = lines(dir.join("predictions-predict.jsonl"));
+        assert_eq!(predictions[0]["label"], "yes");
+        assert_eq!(predictions[1]["truth"], Value::Null);
+        let card = fs::read_to_string(model.join("README.md")).unwrap();
+        assert!(card.contains("accuracy (dev)"), "{card}");
+    }
+    // A run that is there is not overwritten.
+    let error = format!("{:#}", finetune(&config).unwrap_err());
+    assert!(error.contains("not overwritten"), "{error}");
+}
+
+#[test]
+fn numbers_are_learned_again_in_the_same_way() {
+    let scores = || {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), |has| if has { "4.5" } else { "-1" }.to_string());
+        config.data.regression = true;
+        config.train.layer_decay = 0.9;
+        finetune(&config).unwrap();
+        let records = records(config.run.out.join("seed0"));
+        let evaluations = records.into_iter().filter_map(|record| match record {
+            FinetuneRecord::Eval(evaluation) => Some(evaluation),
+            _ => None,
+        });
+        evaluations.collect::<Vec<_>>()
+    };
+    let first = scores();
+    assert_eq!(first, scores());
+    let names: Vec<&str> = first[0]
+        .metrics
+        .iter()
+        .map(|(name, _)| name.as_str())
+        .collect();
+    assert_eq!(names, ["pearson", "spearman"]);
+    assert!(first.last().unwrap().metrics[0].1 > 0.95, "{first:?}");
+}
+
+#[test]
+fn frozen_layers_stay_and_patience_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| u8::from(has).to_string());
+    config.train.freeze_layers = Some(1);
+    config.train.patience = Some(2);
+    config.train.epochs = 50;
+    config.train.lr = 1e-9;
+    finetune(&config).unwrap();
+    let records = records(config.run.out.join("seed0"));
+    let evaluations = records
+        .iter()
+        .filter(|r| matches!(r, FinetuneRecord::Eval(_)))
+        .count();
+    assert_eq!(evaluations, 3);
+
+    config.train.lr = 1e-3;
+    config.train.patience = None;
+    config.train.epochs = 1;
+    config.run.out = dir.path().join("again");
+    finetune(&config).unwrap();
+    let load = |dir: &Path| {
+        let task = Task::SequenceClassification;
+        from_pretrained(dir.to_str().unwrap(), task, 0, &Device::Cpu)
+            .unwrap()
+            .parameters
+    };
+    let (before, after) = (
+        load(Path::new(&config.run.model)),
+        load(&config.run.out.join("seed0/model")),
+    );
+    for (name, _) in before
+        .vars()
+        .iter()
+        .filter(|(name, _)| !name.starts_with("head."))
+    {
+        let values = |parameters: &bert_variants::parameters::Parameters| -> Vec<f32> {
+            let tensor = parameters.get(name, false).unwrap();
+            tensor.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let frozen = name.starts_with("embeddings.") || name.starts_with("encoder.layer.0.");
+        assert_eq!(values(&before) == values(&after), frozen, "{name}");
+    }
+}
+
+fn read(task: TaskName, files: &[(&str, &str)]) -> Result<Dataset, String> {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    let config = TaskConfig {
+        task,
+        data: Some(dir.path().to_path_buf()),
+        ..TaskConfig::default()
+    };
+    Dataset::read(&config).map_err(|error| format!("{error:#}"))
+}
+
+#[test]
+fn files_of_glue_are_read_as_they_are() {
+    let cola = "gj04\t1\t\tShe said \"no.\ngj04\t0\t*\tNo she \"said.\n";
+    let dataset = read(TaskName::Cola, &[("train.tsv", cola), ("dev.tsv", cola)]).unwrap();
+    assert_eq!(dataset.train[0].first, "She said \"no.");
+    assert_eq!(dataset.train[1].label, Some(Label::Class(0)));
+    assert_eq!(dataset.evals[0].examples.len(), 2);
+
+    let mrpc = "\u{feff}Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tA \"b\" c\tD\n";
+    let dataset = read(TaskName::Mrpc, &[("train.tsv", mrpc), ("dev.tsv", mrpc)]).unwrap();
+    assert_eq!(dataset.train[0].first, "A \"b\" c");
+    assert_eq!(dataset.train[0].second.as_deref(), Some("D"));
+    assert_eq!(dataset.train[0].label, Some(Label::Class(1)));
+
+    let stsb = "index\tsentence1\tsentence2\tscore\n0\ta\tb\t3.250\n";
+    let dataset = read(TaskName::Stsb, &[("train.tsv", stsb), ("dev.tsv", stsb)]).unwrap();
+    assert_eq!(dataset.problem_type, ProblemType::Regression);
+    assert_eq!(dataset.train[0].label, Some(Label::Value(3.25)));
+
+    let mnli = "sentence1\tsentence2\tgold_label\na\tb\tneutral\n";
+    let files = ["train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"].map(|name| (name, mnli));
+    let dataset = read(TaskName::Mnli, &files).unwrap();
+    let names: Vec<&str> = dataset.evals.iter().map(|split| split.name).collect();
+    assert_eq!(names, ["dev_matched", "dev_mismatched"]);
+    assert_eq!(dataset.train[0].label, Some(Label::Class(1)));
+
+    let imdb = "{\"id\": \"0\", \"label\": 1, \"text\": \"Good.\"}\n";
+    let dataset = read(
+        TaskName::Imdb,
+        &[("train.jsonl", imdb), ("test.jsonl", imdb)],
+    )
+    .unwrap();
+    assert_eq!(dataset.evals[0].examples[0].label, Some(Label::Class(1)));
+}
+
+#[test]
+fn bad_tables_are_refused() {
+    let sst2 = |text: &str| read(TaskName::Sst2, &[("train.tsv", text), ("dev.tsv", text)]);
+    let good = "sentence\tlabel\na\t1\n";
+    assert!(sst2(good).is_ok());
+    for (text, message) in [
+        (
+            "text\tlabel\na\t1\n",
+            "there is no column \"sentence\", only text, label",
+        ),
+        (
+            "sentence\tlabel\na\t1\nb\t2\n",
+            "line 3: got label \"2\", expected one of 0, 1",
+        ),
+        (
+            "sentence\tlabel\na\t1\nb\n",
+            "line 3 has 1 columns, expected at least 2",
+        ),
+        ("sentence\tlabel\n", "holds no examples"),
+    ] {
+        let error = sst2(text).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+    let error = read(TaskName::Sst2, &[]).unwrap_err();
+    assert!(error.contains("train.tsv"), "{error}");
+    let bad = "{\"label\": 1, \"text\": [1]}\n";
+    let error = read(TaskName::Imdb, &[("train.jsonl", bad), ("test.jsonl", bad)]).unwrap_err();
+    assert!(
+        error.contains("line 1: \"text\" is [1], expected a text"),
+        "{error}"
+    );
+    let config = TaskConfig::default();
+    let error = Dataset::read(&config).unwrap_err().to_string();
+    assert!(
+        error.contains("--task custom needs --train-file"),
+        "{error}"
+    );
+}
