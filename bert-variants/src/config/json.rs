@@ -208,10 +208,6 @@ fn bert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
     keys.optional("layer_norm_eps", &mut config.layer_norm_eps)?;
     if model_type != Mpnet {
         keys.optional("type_vocab_size", &mut config.type_vocab_size)?;
-        ensure!(
-            config.type_vocab_size > 0,
-            "type_vocab_size must be at least 1, got 0"
-        );
     }
     if matches!(model_type, Bert | Roberta | NomicBert | Alibi) {
         keys.optional("classifier_dropout", &mut config.dropout.classifier)?;

@@ -568,6 +568,10 @@ impl BertConfig {
             self.type_vocab_size
         );
         ensure!(
+            self.type_vocab_size > 0 || Self::of_type(self.model_type).type_vocab_size == 0,
+            "type_vocab_size must be at least 1, got 0"
+        );
+        ensure!(
             self.hidden_size.is_multiple_of(self.num_attention_heads),
             "hidden_size {} is not a multiple of num_attention_heads {}; change one of them",
             self.hidden_size,
