@@ -1,12 +1,14 @@
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use candle_rope_attn::ops::{embedding, gather_rows};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
+    values,
 };
 
 device_tests!(
+    rows_out_of_range,
     matches_reference,
     many_uses_of_one_row,
     embedding_is_the_same
@@ -82,5 +84,26 @@ fn embedding_is_the_same(device: &Device) -> Result<()> {
     let ids = Tensor::new(&[3u32, 9, 0], device)?;
     let [a, b] = [embedding(&ids, &table)?, gather_rows(&table, &ids)?];
     assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    Ok(())
+}
+
+/// On a GPU, which cannot refuse them without waiting: NaN, and no gradient. errors.rs has the CPU.
+fn rows_out_of_range(device: &Device) -> Result<()> {
+    if device.is_cpu() {
+        return Ok(());
+    }
+    for dtype in DTYPES {
+        let table = Input::random(&[10, 24], dtype, 1).var(device)?;
+        let rows = Tensor::new(&[3u32, 10, u32::MAX, 3], device)?;
+        let y = gather_rows(&table, &rows)?;
+        let found: Vec<_> = values(&y)?.chunks(24).map(|row| row[0].is_nan()).collect();
+        assert_eq!(found, [false, true, true, false]);
+        let grads = y.sum_all()?.backward()?;
+        let sums: Vec<f64> = values(grads.get(&table).context("no gradient")?)?
+            .chunks(24)
+            .map(|row| row.iter().sum())
+            .collect();
+        assert_eq!(sums, [0.0, 0.0, 0.0, 48.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    }
     Ok(())
 }
