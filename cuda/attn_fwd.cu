@@ -36,33 +36,33 @@
 namespace attn {
 
 // Tile shape for elements of kSize bytes and tile width D: a block owns 16 * MT * kWarps queries
-// and walks over the keys kN at a time. kKeepQ: query fragments stay in registers.
-template <int kSize, int D>
+// and walks over the keys kN at a time. kKeepQ: query fragments stay in registers. Without
+// kBiasDropout, there is neither.
+template <int kSize, int D, bool kBiasDropout>
 struct FwdConfig {
   static constexpr int MT = D <= 128 ? 2 : 1, kWarps = 4;
-  static constexpr int kN = D <= 64 ? 128 : D <= 128 ? 64 : 32;
+  static constexpr int kN = D <= 64 && !kBiasDropout ? 128 : D <= 128 ? 64 : 32;
   static constexpr bool kKeepQ = false;
 };
-template <int D>
-struct FwdConfig<4, D> {
+template <int D, bool kBiasDropout>
+struct FwdConfig<4, D, kBiasDropout> {
   static constexpr int MT = 1, kWarps = D <= 128 ? 4 : 2, kN = D <= 128 ? 32 : 16;
   static constexpr bool kKeepQ = false;
 };
 
-template <class T, int D>
-struct FwdShape : FwdConfig<sizeof(T), D> {
-  using C = FwdConfig<sizeof(T), D>;
+template <class T, int D, bool kBiasDropout>
+struct FwdShape : FwdConfig<sizeof(T), D, kBiasDropout> {
+  using C = FwdConfig<sizeof(T), D, kBiasDropout>;
   static constexpr int kM = 16 * C::MT * C::kWarps, kThreads = 32 * C::kWarps;
   static constexpr int kQ = kM * D, kTile = C::kN * D;  // elements
   static constexpr size_t kSmem = (kQ + 4 * kTile) * sizeof(T);
   static_assert(C::kWarps * kStageFloats<D> * 4 <= kSmem, "the store stages in the same memory");
 };
 
-// Without kBiasDropout, there is neither.
 template <class T, int D, bool kBiasDropout>
-__global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
+__global__ void __launch_bounds__(FwdShape<T, D, kBiasDropout>::kThreads, 1)
     fwd_kernel(const __grid_constant__ KernelParams p) {
-  using S = FwdShape<T, D>;
+  using S = FwdShape<T, D, kBiasDropout>;
   constexpr int MT = S::MT, kN = S::kN, NT = kN / 8;
   extern __shared__ __align__(128) char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
@@ -156,6 +156,13 @@ __global__ void __launch_bounds__(FwdShape<T, D>::kThreads, 1)
                        Rope::none(), p.vec);
 }
 
+template <class T, int D, bool kBiasDropout>
+int fwd_portable(KernelParams& p) {
+  using S = FwdShape<T, D, kBiasDropout>;
+  const int64_t blocks = p.grid(S::kM);
+  return launch(fwd_kernel<T, D, kBiasDropout>, blocks, S::kThreads, S::kSmem, p.stream, p);
+}
+
 template <class T>
 int fwd(const AttnParams& params) {
   KernelParams p(params);
@@ -167,11 +174,7 @@ int fwd(const AttnParams& params) {
   }
   if (suits_sm90(p, {&p.q, &p.k, &p.v})) return fwd_sm90(p);
   return for_head_dim(p, [&]<int D>() {
-    using S = FwdShape<T, D>;
-    const int64_t blocks = p.grid(S::kM);
-    const auto kernel =
-        p.bias_or_dropout() ? fwd_kernel<T, D, true> : fwd_kernel<T, D, false>;
-    return launch(kernel, blocks, S::kThreads, S::kSmem, p.stream, p);
+    return p.bias_or_dropout() ? fwd_portable<T, D, true>(p) : fwd_portable<T, D, false>(p);
   });
 }
 

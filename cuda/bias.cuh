@@ -31,15 +31,30 @@ struct ScoreBias {
       for (int i = 0; i < MT * NT * 4; ++i) (&s[0][0][0])[i] *= scale_log2;
       return;
     }
+    if (max(row0 + 16 * MT, col0 + 8 * NT) <= longest + 1) {
+      add<kTransposed, true>(s, scale_log2, row0, col0);
+    } else {
+      add<kTransposed, false>(s, scale_log2, row0, col0);
+    }
+  }
+
+ private:
+  // kInside: every distance of the tile is in the table.
+  template <bool kTransposed, bool kInside, int MT, int NT>
+  __device__ __forceinline__ void add(float (&s)[MT][NT][4], float scale_log2, int row0,
+                                      int col0) const {
     const int lane = lane_id();
-    const int first = col0 - row0 + lane % 4 * 2 - lane / 4;
+    const int ahead = col0 - row0 + lane % 4 * 2 - lane / 4;
+    const int first = kTransposed ? -ahead : ahead;
+    const float* at_first = table + first;
 #pragma unroll
     for (int diagonal = 1 - 2 * MT; diagonal < NT; ++diagonal) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int ahead = first + 8 * diagonal + e;
-        const int distance = kTransposed ? -ahead : ahead;
-        const float bias = __ldg(table + max(-longest, min(distance, longest))) * kLog2e;
+        const int step = (kTransposed ? -1 : 1) * (8 * diagonal + e);
+        const float* at =
+            kInside ? at_first + step : table + max(-longest, min(first + step, longest));
+        const float bias = __ldg(at) * kLog2e;
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
           const int n = diagonal + i;

@@ -9,18 +9,16 @@
 namespace attn {
 
 struct Dropout {
+  const PhiloxKey& key;
   uint32_t drop_below;  // 0: keep everything
-  uint2 seed;
   uint32_t head, batch;
 
   __device__ __forceinline__ Dropout(const KernelParams& p, const BlockIndex& index)
-      : drop_below(p.drop_below),
-        seed{static_cast<uint32_t>(p.dropout_seed), static_cast<uint32_t>(p.dropout_seed >> 32)},
-        head(index.head), batch(index.batch) {}
+      : key(p.dropout_key), drop_below(p.drop_below), head(index.head), batch(index.batch) {}
 
   // Bits 0 .. 3: keep keys key0 .. key0 + 4 of this query; key0 is a multiple of 4.
   __device__ __forceinline__ uint32_t keep4(uint32_t query, uint32_t key0) const {
-    const uint4 word = philox4x32({key0 / 4, query, head, batch}, seed);
+    const uint4 word = philox4x32({key0 / 4, query, head, batch}, key);
     return (word.x >= drop_below) | (word.y >= drop_below) << 1 | (word.z >= drop_below) << 2 |
            (word.w >= drop_below) << 3;
   }

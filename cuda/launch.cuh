@@ -19,12 +19,13 @@ struct KernelParams : AttnParams {
   bool vec;       // rows of all tensors may be read and written in 16-byte chunks
   bool rope_vec;  // so may the runs of a rotation, and its tables
   int blocks;     // row blocks of a sequence
+  PhiloxKey dropout_key;
   uint32_t drop_below;  // random words below it drop their element
   float dropout_scale;  // of kept elements
 
   explicit KernelParams(const AttnParams& p)
-      : AttnParams(p), vec(), rope_vec(), blocks(), drop_below(dropout_threshold(dropout_p)),
-        dropout_scale(1.0f / (1.0f - dropout_p)) {
+      : AttnParams(p), vec(), rope_vec(), blocks(), dropout_key(dropout_seed),
+        drop_below(dropout_threshold(dropout_p)), dropout_scale(1.0f / (1.0f - dropout_p)) {
     if (cu_seqlens != nullptr) {
       for (AttnTensor* t : {&q, &k, &v, &o, &d_o, &dq, &dk, &dv}) t->batch_stride = 0;
     }

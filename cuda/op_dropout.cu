@@ -6,8 +6,8 @@
 namespace attn {
 
 struct DropElements {
+  PhiloxKey key;
   uint32_t drop_below;
-  uint2 seed;
   float scale;
 
   template <int W>
@@ -33,7 +33,7 @@ struct DropElements {
  private:
   __device__ __forceinline__ uint4 draw(int64_t group) const {
     return philox4x32(
-        {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0u, 0u}, seed);
+        {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0u, 0u}, key);
   }
 
   __device__ __forceinline__ void apply(float& x, uint32_t word) const {
@@ -46,9 +46,6 @@ struct DropElements {
 int op_dropout(int32_t dtype, const void* x, void* y, int64_t len, float p, uint64_t seed,
                void* stream) {
   if (!(p >= 0.0f && p < 1.0f)) return ATTN_ERR_DROPOUT;
-  const attn::DropElements drop{
-      dropout_threshold(p),
-      {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-      1.0f / (1.0f - p)};
+  const attn::DropElements drop{PhiloxKey(seed), dropout_threshold(p), 1.0f / (1.0f - p)};
   return attn::map<false>(dtype, x, nullptr, y, len, stream, drop);
 }

@@ -6,17 +6,30 @@
 
 #include <cstdint>
 
-__device__ __forceinline__ uint4 philox4x32(uint4 counter, uint2 key) {
+// The keys of all rounds. In a kernel's parameters they cost neither instructions nor registers.
+struct PhiloxKey {
+  uint2 round[10];
+
+  // Key (low, high word of the seed).
+  explicit PhiloxKey(uint64_t seed) {
+    uint2 key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+    for (uint2& k : round) {
+      k = key;
+      key.x += 0x9E3779B9u;
+      key.y += 0xBB67AE85u;
+    }
+  }
+};
+
+__device__ __forceinline__ uint4 philox4x32(uint4 counter, const PhiloxKey& key) {
   constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int i = 0; i < 10; ++i) {
     const uint64_t p0 = static_cast<uint64_t>(kMul0) * counter.x;
     const uint64_t p1 = static_cast<uint64_t>(kMul1) * counter.z;
-    counter = {static_cast<uint32_t>(p1 >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(p1),
-               static_cast<uint32_t>(p0 >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(p0)};
-    key.x += kWeyl0;
-    key.y += kWeyl1;
+    const uint2 k = key.round[i];
+    counter = {static_cast<uint32_t>(p1 >> 32) ^ counter.y ^ k.x, static_cast<uint32_t>(p1),
+               static_cast<uint32_t>(p0 >> 32) ^ counter.w ^ k.y, static_cast<uint32_t>(p0)};
   }
   return counter;
 }

@@ -6,7 +6,8 @@
 
 Needs a GPU and PyTorch. Every case compares the output, lse and all gradients with an f64
 computation. An error may be twice that of a naive computation in the same dtype plus twice the
-rounding of the exact result; in f32, where 3xTF32 products and tensor-core sums are a little
+rounding of the exact result, and what one rounding of the output makes of delta = dot(d_o, o), as
+plain softmax gradients are exact where a query sees one key; in f32, where 3xTF32 products and tensor-core sums are a little
 coarser than plain f32, eight times (tf32 alone would need about a thousand). Outputs and workspaces start as NaN, and so do masked keys, so
 whatever is read or left out by mistake shows. Exit code 1 if any case fails.
 """
@@ -286,6 +287,11 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
             problems.append("NaN")
         return ratios, problems
     eps = torch.finfo(T).eps
+    # Score gradients are p * (dp - delta).
+    delta_error = eps / 2 * (exact[0] * g).abs().sum(-1).max()
+    row_error = delta_error * abs(scale)
+    floors = {"dq": row_error * k.abs().max(), "dk": row_error * q.abs().max(),
+              "d_bias": delta_error * math.sqrt(batch * rows)}
     results = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "d_bias": d_weight}
     for (name, got), want, other in zip(results.items(), exact, same):
         got = got.double()
@@ -293,7 +299,8 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
             if not torch.equal(got.isinf(), want.isinf()):
                 problems.append("lse of masked rows")
             got, want, other = (x.masked_fill(x.isinf(), 0.0) for x in (got, want, other.double()))
-        bound = (8 if dtype == "f32" else 2) * (other.double() - want).abs().max() + 2 * (want.to(T).double() - want).abs().max()
+        bound = (8 if dtype == "f32" else 2) * ((other.double() - want).abs().max() + floors.get(name, 0.0))
+        bound += 2 * (want.to(T).double() - want).abs().max()
         bound += (256 if dtype == "f32" else 1 / 16) * eps * max(1.0, want.abs().max())
         ratio = ((got - want).abs().max() / bound).item()
         ratios[name] = math.inf if math.isnan(ratio) else ratio
@@ -464,7 +471,7 @@ def median_ms(fns, repeats=7):
     return [statistics.median(column) for column in zip(*times)]
 
 
-def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
+def bench(lib, head_dims, lengths, causals, with_rope, peers=True, features=False):
     """TFLOP/s, forward / backward; causal counts half the work. 16,384 tokens of width 2048, bf16."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import torch.nn.functional as F
@@ -479,8 +486,16 @@ def bench(lib, head_dims, lengths, causals, with_rope, peers=True):
         dq, dk, dv = (torch.empty_like(q) for _ in range(3))
         rope = rope_tables(n, d)
         fns = {}
-        for name in ("ours", "ours+rope"):
-            a = Attention(lib, q, k, v, causal=causal, rope=rope if "rope" in name else None)
+        num_buckets = 32
+        buckets = t5_buckets(torch.arange(1 - n, n, device="cuda"), num_buckets, 128).int()
+        bias = torch.randn(num_buckets, heads, device="cuda")[buckets].t().contiguous()
+        d_bias = torch.empty(num_buckets, heads, device="cuda")
+        for name in ("ours", "ours+rope", *(("ours+bias", "ours+bias, d_bias", "ours+dropout") if features else ())):
+            a = Attention(lib, q, k, v, causal=causal, rope=rope if "rope" in name else None,
+                          bias=bias if "bias" in name else None, dropout=(0.1 if "dropout" in name else 0.0, 1))
+            if "d_bias" in name:
+                a.params.bias_buckets, a.params.d_bias = buckets.data_ptr(), d_bias.data_ptr()
+                a.params.num_buckets = num_buckets
             o, lse = torch.empty_like(q), torch.empty(batch, heads, n, device="cuda")
             a.params.lse = lse.data_ptr()
             a.set(o=o, d_o=g, dq=dq, dk=dk, dv=dv)
@@ -525,6 +540,8 @@ def main():
                         help="a short case table without references, for compute-sanitizer")
     parser.add_argument("--bench", action="store_true", help="time instead of check")
     parser.add_argument("--no-peers", action="store_true", help="with --bench: only our kernels")
+    parser.add_argument("--features", action="store_true",
+                        help="with --bench: also our kernels with a bias, its gradient, and dropout")
     parser.add_argument("--rope-peers", action="store_true",
                         help="with --bench: also the peers behind a compiled RoPE")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
@@ -535,7 +552,7 @@ def main():
         sys.exit("check_kernels.py: PyTorch sees no GPU; run it on a machine with one")
     lib = load(args.library)
     if args.bench:
-        bench(lib, args.head_dims, args.lengths, args.causal, args.rope_peers, not args.no_peers)
+        bench(lib, args.head_dims, args.lengths, args.causal, args.rope_peers, not args.no_peers, args.features)
     else:
         sys.exit(1 if check(lib, args.sanitize) else 0)
 

@@ -2,7 +2,8 @@
 # Runs parts of a bundle made by scripts/gpu_bundle.sh, from its folder:
 #
 #   run.sh tests [FILTER]   the Rust tests, of that name
-#   run.sh kernels          check_kernels.py: the kernels against PyTorch (needs PyTorch)
+#   run.sh kernels          check_kernels.py: the kernels against PyTorch (needs PyTorch), on Hopper
+#                           also the portable ones
 #   run.sh sanitizer        compute-sanitizer's four tools over the short tables
 #   run.sh speed            check_kernels.py --bench
 #   run.sh bench [FILTER]   the Rust benchmarks
@@ -41,6 +42,7 @@ case $part in
     ;;
   kernels)
     run kernels python3 "$here/check_kernels.py" "$here/libattn.so"
+    run "portable kernels" env ATTN_PORTABLE=1 python3 "$here/check_kernels.py" "$here/libattn.so"
     ;;
   speed)
     run speed python3 "$here/check_kernels.py" "$here/libattn.so" --bench "$@"
@@ -52,8 +54,10 @@ case $part in
       only=(--kernel-name kernel_substring=attn)
       # It must see PyTorch's kernels write the inputs.
       if [ "$tool" = initcheck ]; then only=(); fi
-      run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}" \
-        python3 "$here/check_kernels.py" "$here/libattn.so" --sanitize
+      check=(compute-sanitizer --tool "$tool" --error-exitcode 1 "${only[@]}"
+        python3 "$here/check_kernels.py" "$here/libattn.so" --sanitize)
+      run "$tool" "${check[@]}"
+      run "$tool of the portable kernels" env ATTN_PORTABLE=1 "${check[@]}"
     done
     ;;
   bench)

@@ -271,16 +271,20 @@ pub struct Worst {
     pub place: String,
 }
 
-/// Runs every case in a dtype, fails on the first whose error is above the allowed one, and
-/// returns the worst.
+/// Runs every case in a dtype, fails if an error is above the allowed one, and returns the worst.
 pub fn check_cases(cases: &[Case], dtype: DType, device: &Device) -> Result<Worst> {
     let mut worst = Worst::default();
+    let mut failures = Vec::new();
     for (seed, case) in cases.iter().enumerate() {
-        let found = check_case(case, dtype, device, seed as u64)?;
+        let found = judge(case, dtype, device, seed as u64)?;
+        if found.ratio > 1.0 {
+            failures.push(found.place.clone());
+        }
         if found.ratio > worst.ratio {
             worst = found;
         }
     }
+    assert!(failures.is_empty(), "failed:\n{}", failures.join("\n"));
     println!(
         "{dtype:?} on {:?}: {} cases, worst error {:.2} of the allowed one ({})",
         device.location(),
@@ -293,6 +297,12 @@ pub fn check_cases(cases: &[Case], dtype: DType, device: &Device) -> Result<Wors
 
 /// Runs one case, see [`check_cases`].
 pub fn check_case(case: &Case, dtype: DType, device: &Device, seed: u64) -> Result<Worst> {
+    let worst = judge(case, dtype, device, seed)?;
+    assert!(worst.ratio <= 1.0, "failed: {}", worst.place);
+    Ok(worst)
+}
+
+fn judge(case: &Case, dtype: DType, device: &Device, seed: u64) -> Result<Worst> {
     let mut inputs = Inputs::random(case, dtype, seed)?;
     let exact = Results::exact(case, &inputs);
     let naive = Results::of(case, &inputs, dtype, &Device::Cpu, naive::attention)?;
@@ -300,7 +310,7 @@ pub fn check_case(case: &Case, dtype: DType, device: &Device, seed: u64) -> Resu
         poison(case, &mut inputs);
     }
     let fused = Results::of(case, &inputs, dtype, device, fused)?;
-    let floors = floors(case, &inputs, &exact, dtype);
+    let floors = floors(case, &inputs, &exact, dtype, device);
     let mut worst = Worst::default();
     let tensors = exact
         .tensors()
@@ -311,17 +321,15 @@ pub fn check_case(case: &Case, dtype: DType, device: &Device, seed: u64) -> Resu
         let rounded = round(exact, if name == "dweight" { DType::F32 } else { dtype })?;
         let allowed = 2.0 * max_error(naive, exact) + 2.0 * max_error(&rounded, exact) + floor;
         let error = max_error(fused, exact);
-        let place = format!("{} {dtype:?} {name}", case.name);
-        assert!(
-            error <= allowed,
-            "{place}: error {error:.3e} is above the allowed {allowed:.3e} (plain Candle {:.3e}, round-off {:.3e}, floor {floor:.3e})",
-            max_error(naive, exact),
-            max_error(&rounded, exact),
-        );
         if error > worst.ratio * allowed {
             worst = Worst {
                 ratio: error / allowed,
-                place,
+                place: format!(
+                    "{} {dtype:?} {name}: error {error:.1e}, allowed {allowed:.1e}; plain Candle {:.1e}, round-off {:.1e}, floor {floor:.1e}",
+                    case.name,
+                    max_error(naive, exact),
+                    max_error(&rounded, exact),
+                ),
             };
         }
     }
@@ -331,11 +339,22 @@ pub fn check_case(case: &Case, dtype: DType, device: &Device, seed: u64) -> Resu
 /// What rounding alone may do to results that plain Candle happens to get exactly, such as the
 /// zero gradients of a query with one key: one rounding of the output shifts the delta of the
 /// backward pass, one rounding of the log-sum-exp to f32 scales a row's probabilities.
-fn floors(case: &Case, inputs: &Inputs, exact: &Results, dtype: DType) -> [f64; 5] {
+fn floors(
+    case: &Case,
+    inputs: &Inputs,
+    exact: &Results,
+    dtype: DType,
+    device: &Device,
+) -> [f64; 5] {
+    // On a GPU an f32 product is three tf32 products on tensor cores, whose long sums truncate.
+    let arithmetic = match dtype {
+        DType::F32 if device.is_cuda() => 2f64.powi(-17),
+        _ => 2f64.powi(-23),
+    };
     let unit = match dtype {
         DType::BF16 => 2f64.powi(-8),
         DType::F16 => 2f64.powi(-11),
-        _ => 2f64.powi(-23),
+        _ => arithmetic,
     };
     let largest = |x: &[f64]| {
         let finite = x.iter().map(|x| x.abs()).filter(|x| x.is_finite());
@@ -347,9 +366,9 @@ fn floors(case: &Case, inputs: &Inputs, exact: &Results, dtype: DType) -> [f64; 
     let deltas = deltas.map(|(out, d_out)| out.iter().zip(d_out).map(|(x, y)| (x * y).abs()).sum());
     let d_score = unit * deltas.fold(0.0, f64::max);
     let d_row = d_score * f64::from(case.spec.softmax_scale.abs());
-    let probability = 2f64.powi(-23) * (1.0 + largest(&exact.lse));
+    let probability = arithmetic * (1.0 + largest(&exact.lse));
     [
-        2f64.powi(-22) * largest(&exact.out),
+        2.0 * arithmetic * largest(&exact.out),
         probability * largest(&exact.dq) + d_row * largest(&inputs.k),
         probability * largest(&exact.dk) + d_row * largest(&inputs.q),
         probability * largest(&exact.dv),
