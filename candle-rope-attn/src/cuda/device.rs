@@ -1,5 +1,6 @@
 //! The choice of a GPU, and errors of the driver in words that help.
 
+use candle_core::cuda_backend::cudarc::cublas::sys::{cublasMath_t, cublasSetMathMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
 use candle_core::cuda_backend::{CudaError, WrapErr};
 use candle_core::{CudaDevice, Device, Error, Result, bail};
@@ -41,6 +42,7 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     if context.has_async_alloc() {
         keep_freed_memory(context)?;
     }
+    sum_in_f32(device.as_cuda_device()?)?;
     Ok(device)
 }
 
@@ -84,6 +86,16 @@ fn keep_freed_memory(context: &CudaContext) -> Result<()> {
     let pool = pool(context)?;
     // SAFETY: the pool exists, and the attribute is a u64.
     unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()) }.w()
+}
+
+/// Keeps cuBLAS from rounding partial sums of 16-bit products to 16 bits.
+fn sum_in_f32(device: &CudaDevice) -> Result<()> {
+    let blas = device.cublas_handle();
+    let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle lives as long as `blas`.
+    unsafe { cublasSetMathMode(*blas.handle(), mode) }
+        .result()
+        .w()
 }
 
 /// See [`crate::CudaMemory::of`].
