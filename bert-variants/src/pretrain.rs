@@ -189,8 +189,10 @@ pub fn pretrain(
     config.train.validate()?;
     let device = open_device(device)?;
     // Before the text is read, which may take long.
-    for variant in variants {
-        config.model_config(*variant, Objective::Mlm, 1)?;
+    for objective in objective.list() {
+        for variant in variants {
+            config.model_config(*variant, *objective, 1)?;
+        }
     }
     let data = Data::open(&config.data)?;
     tracing::info!("training on {}", data.train.description());
