@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use bert_variants::checkpoint::{ModelCard, save_pretrained};
-use bert_variants::config::{BertConfig, ModelType, Task};
+use bert_variants::config::{BertConfig, Dropouts, ModelType, Task};
 use bert_variants::model::{
     LanguageModel, QuestionAnswerer, SentenceEncoder, SequenceClassifier, TokenClassifier, Tokens,
 };
@@ -20,6 +20,7 @@ fn main() -> Result<()> {
     for model_type in ModelType::value_variants() {
         for (task, causal) in tasks(*model_type) {
             let mut config = BertConfig::new(*model_type, 60, 4, 32, 4, LENGTH);
+            config.dropout = Dropouts::of_hidden(0.1);
             config.labels = ["red", "green", "blue"].map(String::from).to_vec();
             let mut config = config.with_task(task).with_decoder(causal);
             // Larger than usual, so that outputs differ from 0 and from each other.

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    BertConfig, LocalAttention, MAX_LABELS, MAX_LAYERS, ModelType, Position, Task, default_labels,
-    every_third_global,
+    BertConfig, Dropouts, LocalAttention, MAX_LABELS, MAX_LAYERS, ModelType, Position, Task,
+    default_labels, every_third_global,
 };
 
 /// Keys that say how a file was made, which is not true of the one we write.
@@ -295,6 +295,14 @@ fn set_theta(position: &mut Position, new: f64) {
     }
 }
 
+/// Where it must be a number; transformers refuses null.
+fn classifier_dropout(keys: &mut Keys, key: &str, dropout: &mut Dropouts) -> Result<()> {
+    let mut p = dropout.classifier.unwrap_or(dropout.mlp_output);
+    keys.optional(key, &mut p)?;
+    dropout.classifier = Some(p);
+    Ok(())
+}
+
 fn distilbert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
     sizes(keys, config, ["dim", "n_layers", "n_heads", "hidden_dim"])?;
     keys.optional("activation", &mut config.hidden_act)?;
@@ -302,7 +310,7 @@ fn distilbert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
     keys.optional("dropout", &mut dropout.mlp_output)?;
     dropout.embeddings = dropout.mlp_output;
     keys.optional("attention_dropout", &mut dropout.attention_probs)?;
-    keys.optional("seq_classif_dropout", &mut dropout.classifier)
+    classifier_dropout(keys, "seq_classif_dropout", dropout)
 }
 
 #[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -337,7 +345,7 @@ fn modernbert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
     keys.optional("attention_dropout", &mut dropout.attention_probs)?;
     dropout.attention_output = dropout.attention_probs;
     keys.optional("mlp_dropout", &mut dropout.mlp_hidden)?;
-    keys.optional("classifier_dropout", &mut dropout.classifier)?;
+    classifier_dropout(keys, "classifier_dropout", dropout)?;
     // Special tokens are the tokenizer's business, and transformers' defaults may lie outside of
     // the vocabulary.
     for key in SPECIAL_TOKENS {
@@ -540,6 +548,17 @@ mod tests {
             let written = Map::from(config.clone());
             assert_eq!(written["model_type"], model_type.name());
             assert_eq!(BertConfig::try_from(written.clone()).unwrap(), config);
+            let no_null = ["classifier_dropout", "seq_classif_dropout"];
+            if matches!(model_type, ModelType::Modernbert | ModelType::Distilbert) {
+                let mut config = config.clone();
+                config.dropout = Dropouts::of_hidden(0.1);
+                let written = Map::from(config);
+                assert!(
+                    no_null
+                        .iter()
+                        .any(|key| written.get(*key).is_some_and(Value::is_f64))
+                );
+            }
             // Through text too.
             let text = serde_json::to_string(&written).unwrap();
             assert_eq!(serde_json::from_str::<BertConfig>(&text).unwrap(), config);

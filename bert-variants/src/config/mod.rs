@@ -137,7 +137,8 @@ pub struct Biases {
     pub decoder: bool,
 }
 
-/// Probabilities of dropping, in training.
+/// Probabilities of dropping, in training. A `config.json` holds those that transformers has for its
+/// kind of model.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Dropouts {
     /// After the embeddings.
