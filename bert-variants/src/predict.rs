@@ -1,4 +1,21 @@
 //! Using trained models on texts: filling masks, classifying, embedding.
+//!
+//! ```no_run
+//! use bert_variants::predict::{Embedder, FillMask};
+//! use candle_core::{DType, Device};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let model = FillMask::from_pretrained("google-bert/bert-base-uncased", DType::F32, &Device::Cpu)?;
+//! for candidate in &model.predict(&["Paris is the [MASK] of France."], 5)?[0][0] {
+//!     println!("{:.3} {}", candidate.score, candidate.token);
+//! }
+//!
+//! let model = Embedder::from_pretrained("my/model", None, DType::F32, &Device::Cpu)?;
+//! let vectors = model.embed(&["A man is eating.".into(), "Someone has a meal.".into()])?;
+//! let alike: f32 = vectors[0].iter().zip(&vectors[1]).map(|(a, b)| a * b).sum();
+//! # Ok(())
+//! # }
+//! ```
 
 use std::path::Path;
 

@@ -437,7 +437,9 @@ fn changed_bytes_never_panic() {
     );
     // The header of the weights is 2 kB, and what comes after are numbers.
     let changes = prop::collection::vec(change, 1..6);
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
     let mut runner = TestRunner::new(Config {
         cases: cases.unwrap_or(1000),
         failure_persistence: None,
