@@ -331,7 +331,7 @@ impl Trainer {
             let batches = batches.by_ref().take(passes).collect::<Result<Vec<_>>>()?;
             let meter = PeakMeter::start(&device)?;
             self.window.lr = schedule.lr(self.progress.step);
-            let (loss, gradients) = self.gradients(&batches)?;
+            let (loss, gradients) = self.gradients(&batches).map_err(explain_out_of_memory)?;
             let norm = global_norm(&gradients)?;
             self.optimizer.step(
                 &gradients,
@@ -551,6 +551,13 @@ impl Trainer {
 /// Whether AdamW decays a parameter: not biases and LayerNorm, as in Devlin et al. 2018.
 pub(crate) fn decays(name: &str) -> bool {
     !name.ends_with(".bias") && !name.contains("LayerNorm")
+}
+
+fn explain_out_of_memory(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast() {
+        Ok(error) => candle_rope_attn::explain_out_of_memory(error).into(),
+        Err(error) => error,
+    }
 }
 
 fn mean(values: &[f32]) -> f64 {

@@ -174,3 +174,11 @@ impl CudaMemory {
         }
     }
 }
+
+/// The error, or if a GPU ran out of memory, one that says what to do. The operations of this crate
+/// do so by themselves, but Candle's own repeat the driver's code.
+pub fn explain_out_of_memory(error: candle_core::Error) -> candle_core::Error {
+    #[cfg(feature = "cuda")]
+    let error = cuda::device::explain(error);
+    error
+}
