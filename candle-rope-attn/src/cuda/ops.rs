@@ -96,7 +96,7 @@ pub(crate) fn dropout(x: Input, dropout: Dropout) -> Result<(CudaStorage, Shape)
 }
 
 /// `x weight^T + bias` of x `[rows, inputs]` and weight `[outputs, inputs]`. cuBLAS adds the
-/// product to rows filled with the bias, so that the sum is rounded once.
+/// product to rows filled with the bias; some of its kernels round the product first.
 pub(crate) fn linear(
     x: Input,
     weight: Input,

@@ -96,6 +96,19 @@ pub fn compare(
     op: impl Fn(&[Tensor]) -> candle_core::Result<Tensor>,
     reference: impl Fn(&[Vec<f64>], &[f64]) -> Reference,
 ) -> Result<()> {
+    compare_with(name, device, inputs, 0.0, op, reference)
+}
+
+/// As [`compare`], for an operation that may round what it has before it adds an input of at most
+/// `addend` to it.
+pub fn compare_with(
+    name: &str,
+    device: &Device,
+    inputs: &[Input],
+    addend: f64,
+    op: impl Fn(&[Tensor]) -> candle_core::Result<Tensor>,
+    reference: impl Fn(&[Vec<f64>], &[f64]) -> Reference,
+) -> Result<()> {
     if !device.is_cpu() && inputs.iter().any(|input| input.values.is_empty()) {
         return Ok(()); // Candle has no empty tensors on a GPU.
     }
@@ -123,7 +136,7 @@ pub fn compare(
 
         let rounded = tensors.iter().map(values).collect::<Result<Vec<_>>>()?;
         let (expected, expected_grads) = reference(&rounded, &values(&grad)?);
-        assert_close(&format!("{name} result"), &y, &expected)?;
+        assert_close_with(&format!("{name} result"), &y, &expected, addend)?;
         for (i, (var, expected)) in vars.iter().zip(&expected_grads).enumerate() {
             let name = format!("{name} gradient {i}");
             let grad = grads
@@ -138,6 +151,11 @@ pub fn compare(
 
 /// Allows one rounding to the dtype of the result, and the rounding errors of f32 sums.
 pub fn assert_close(name: &str, got: &Tensor, expected: &[f64]) -> Result<()> {
+    assert_close_with(name, got, expected, 0.0)
+}
+
+/// As [`assert_close`], and one more rounding before an addend, see [`compare_with`].
+fn assert_close_with(name: &str, got: &Tensor, expected: &[f64], addend: f64) -> Result<()> {
     // The second is half of f16's smallest number.
     let (relative, absolute) = match got.dtype() {
         DType::BF16 => (1.01 / 256.0, 1e-30),
@@ -155,7 +173,12 @@ pub fn assert_close(name: &str, got: &Tensor, expected: &[f64]) -> Result<()> {
     let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
     let mut worst = 0.0;
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-        let allowed = relative * expected.abs() + 2e-6 * largest + absolute;
+        let before = if addend > 0.0 {
+            expected.abs() + addend
+        } else {
+            0.0
+        };
+        let allowed = relative * (expected.abs() + before) + 2e-6 * largest + absolute;
         let ratio = (got - expected).abs() / allowed;
         ensure!(
             ratio <= 1.0,
