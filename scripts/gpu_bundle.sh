@@ -39,5 +39,5 @@ cp scripts/check_kernels.py "$bundle/"
 cp scripts/gpu_run.sh "$bundle/run.sh"
 
 # Binaries have much in common: a dictionary larger than several of them keeps the archive small.
-tar -C target -cf - gpu-bundle | xz -T1 --lzma2=preset=6,dict=256MiB > target/gpu-bundle.tar.xz
+tar -C target -cf - gpu-bundle | xz -T2 --lzma2=preset=1,dict=256MiB > target/gpu-bundle.tar.xz
 du -h "$bundle" target/gpu-bundle.tar.xz

@@ -109,6 +109,8 @@ fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, String>) {
                 flatten(&format!("{key}.{name}"), value, into);
             }
         }
+        // A setting that is null is a setting that is absent.
+        Value::Null => {}
         value => {
             into.insert(key.to_string(), value.to_string());
         }

@@ -197,7 +197,7 @@ fn parameters(summary: &Summary) -> Table {
     Table {
         title: "Parameters and memory",
         note: "Tied weights count once; memory in MiB. Activations are the peak of a training \
-               step beyond parameters, gradients kept for the update and optimizer state."
+               step, gradients included, beyond parameters and optimizer state."
             .to_string(),
         columns: vec![
             "objective",
