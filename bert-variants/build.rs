@@ -1,15 +1,24 @@
 //! Tells the program which commit it was built from, where there is a git checkout.
 
+use std::path::Path;
 use std::process::Command;
 
+/// Changes with every commit.
+const LOG: &str = "../.git/logs/HEAD";
+
 fn main() {
-    println!("cargo::rerun-if-changed=../.git/logs/HEAD");
-    let git = |args: &[&str]| {
-        let output = Command::new("git").args(args).output().ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| text.trim().to_string())
-    };
-    if let Some(commit) = git(&["rev-parse", "--short", "HEAD"]) {
-        println!("cargo::rustc-env=GIT_COMMIT={commit}");
+    if !Path::new(LOG).exists() {
+        println!("cargo::rerun-if-changed=build.rs");
+        return;
+    }
+    println!("cargo::rerun-if-changed={LOG}");
+    let git = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .output();
+    if let Ok(output) = git
+        && output.status.success()
+    {
+        let commit = String::from_utf8_lossy(&output.stdout);
+        println!("cargo::rustc-env=GIT_COMMIT={}", commit.trim());
     }
 }

@@ -44,7 +44,7 @@ grep -ohE '\bcu[A-Z][A-Za-z0-9_]*' "${sources[@]}" | sort -u | sed 's/.*/int &(v
 gcc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o lib/stubs/libcuda.so "$out/libcuda.c"
 ln -sf libcuda.so lib/stubs/libcuda.so.1
 libraries=$home/lib
-if ! ldconfig -p | grep -q 'libcuda\.so\.1'; then
+if ! grep -q 'libcuda\.so\.1' <<<"$(PATH=$PATH:/sbin ldconfig -p)"; then
   libraries=$libraries:$home/lib/stubs
 fi
 
@@ -52,7 +52,7 @@ cat > "$out/env.sh" <<END
 export CUDA_HOME="$home" CUDA_PATH="$home"
 export PATH="$home/bin:\$PATH"
 export LD_LIBRARY_PATH="$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
-export CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000
+export CUDA_COMPUTE_CAP=\${CUDA_COMPUTE_CAP:-90} CUDARC_CUDA_VERSION=13000
 END
 "$home/bin/nvcc" --version | grep release
 echo "now run: source $out/env.sh"

@@ -1,9 +1,9 @@
 //! Pretraining and comparing variants: what the program `pretrain` does.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
@@ -186,17 +186,43 @@ pub fn pretrain(
         "--variants is empty, expected at least one"
     );
     ensure!(!seeds.is_empty(), "--seeds is empty, expected at least one");
+    let ids: Vec<RunId> = objective
+        .list()
+        .iter()
+        .flat_map(|objective| seeds.iter().map(move |seed| (*objective, *seed)))
+        .flat_map(|(objective, seed)| {
+            variants.iter().map(move |variant| RunId {
+                objective,
+                seed,
+                variant: *variant,
+            })
+        })
+        .collect();
+    // Before the text is read, which may take long.
     config.train.validate()?;
     let device = open_device(device)?;
-    // Before the text is read, which may take long.
-    for objective in objective.list() {
-        for variant in variants {
-            config.model_config(*variant, *objective, 1)?;
-        }
+    for (i, id) in ids.iter().enumerate() {
+        let name = id.name();
+        ensure!(!ids[..i].contains(id), "{name} is asked for twice");
+        config.model_config(id, 1)?;
+        config.batch_config(id).validate()?;
+        config.eval_batch_config(id).validate()?;
+        ensure!(
+            resume || !out.join(&name).join(METRICS_FILE).exists(),
+            "{} already holds a run: resume it with --resume, or choose another --out",
+            out.join(&name).display()
+        );
     }
     let data = Data::open(&config.data)?;
     tracing::info!("training on {}", data.train.description());
     tracing::info!("evaluating on {}", data.validation.description());
+    let plans: Vec<Plan> = ids
+        .into_iter()
+        .map(|id| Plan::new(config, id, &data, &device))
+        .collect::<Result<_>>()?;
+    for plan in &plans {
+        plan.check_resumable()?;
+    }
 
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     write_atomic(
@@ -204,44 +230,27 @@ pub fn pretrain(
         toml::to_string_pretty(config)?.as_bytes(),
     )?;
     let mut runs = Vec::new();
-    for objective in objective.list() {
-        for seed in seeds {
-            for variant in variants {
-                let plan = Plan {
-                    config,
-                    data: &data,
-                    device: &device,
-                    objective: *objective,
-                    seed: *seed,
-                    variant: *variant,
-                };
-                match plan.run(resume, stop)? {
-                    Some(run) => runs.push(run),
-                    None => return Ok(None),
-                }
-            }
+    for plan in &plans {
+        match plan.run(resume, stop)? {
+            Some(run) => runs.push(run),
+            None => return Ok(None),
         }
     }
     write_report(&runs, &out.join("report"), &ReportOptions::default()).map(Some)
 }
 
 impl PretrainConfig {
-    fn model_config(
-        &self,
-        variant: ModelType,
-        objective: Objective,
-        vocab_size: usize,
-    ) -> Result<BertConfig> {
+    fn model_config(&self, id: &RunId, vocab_size: usize) -> Result<BertConfig> {
         let size = &self.model;
         let mut config = BertConfig::new(
-            variant,
+            id.variant,
             vocab_size,
             size.num_hidden_layers,
             size.hidden_size,
             size.num_attention_heads,
             size.max_position_embeddings.unwrap_or(self.batch.seq_len),
         )
-        .with_decoder(objective == Objective::Clm);
+        .with_decoder(id.objective == Objective::Clm);
         if let Some(intermediate_size) = size.intermediate_size {
             config.intermediate_size = intermediate_size;
         }
@@ -256,59 +265,33 @@ impl PretrainConfig {
         Ok(config)
     }
 
-    fn batch_config(&self, objective: Objective, seed: u64) -> BatchConfig {
+    fn batch_config(&self, id: &RunId) -> BatchConfig {
         BatchConfig {
-            objective,
+            objective: id.objective,
             seq_len: self.batch.seq_len,
             batch_size: self.train.batch_size,
             mask_rate: self.batch.mask_rate,
-            seed,
+            seed: id.seed,
+        }
+    }
+
+    fn eval_batch_config(&self, id: &RunId) -> BatchConfig {
+        BatchConfig {
+            mask_rate: self.batch.eval_mask_rate,
+            ..self.batch_config(id)
         }
     }
 }
 
-/// One run to make.
-struct Plan<'a> {
-    config: &'a PretrainConfig,
-    data: &'a Data,
-    device: &'a Device,
+/// What tells the runs of one [`PretrainConfig`] apart.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct RunId {
     objective: Objective,
     seed: u64,
     variant: ModelType,
 }
 
-impl Plan<'_> {
-    /// Makes the run and reads its records, or `None` where it was stopped.
-    fn run(&self, resume: bool, stop: &AtomicBool) -> Result<Option<Run>> {
-        let dir = self.config.run.out.join(self.name());
-        let vocab_size = self.data.tokenizer.vocab_size();
-        let model_config = self
-            .config
-            .model_config(self.variant, self.objective, vocab_size)?;
-        let header = self.header(&model_config)?;
-        if resume && let Some(run) = finished(&dir)? {
-            run.header.check_resumable_as(&header)?;
-            tracing::info!("{} is finished already", self.name());
-            return Ok(Some(run));
-        }
-        tracing::info!("training {}", self.name());
-        let batches = self.batches()?;
-        let mut trainer = Trainer::new(
-            &dir,
-            &header,
-            &self.config.train,
-            &model_config,
-            self.data.tokenizer.clone(),
-            self.device,
-            resume,
-        )
-        .with_context(|| format!("cannot train {}", self.name()))?;
-        match trainer.train(&batches, stop)? {
-            Outcome::Finished => read_run(&dir).map(Some),
-            Outcome::Interrupted => Ok(None),
-        }
-    }
-
+impl RunId {
     /// Such as `mlm-roformer-seed0`.
     fn name(&self) -> String {
         let objective = match self.objective {
@@ -317,13 +300,103 @@ impl Plan<'_> {
         };
         format!("{objective}-{}-seed{}", self.variant.name(), self.seed)
     }
+}
+
+/// One run to make.
+struct Plan<'a> {
+    config: &'a PretrainConfig,
+    data: &'a Data,
+    device: &'a Device,
+    id: RunId,
+    dir: PathBuf,
+    model_config: BertConfig,
+    header: RunHeader,
+}
+
+impl<'a> Plan<'a> {
+    fn new(
+        config: &'a PretrainConfig,
+        id: RunId,
+        data: &'a Data,
+        device: &'a Device,
+    ) -> Result<Self> {
+        let model_config = config.model_config(&id, data.tokenizer.vocab_size())?;
+        let parameters = ParameterCounts::of(&model_config);
+        let header = RunHeader {
+            variant: id.variant.name().to_string(),
+            objective: id.objective,
+            seed: id.seed,
+            code_version: code_version(),
+            device: device_name(device),
+            parameters: parameters.all,
+            position_parameters: parameters.positions,
+            parameter_bytes: 4 * parameters.all,
+            data: data.train.description(),
+            total_steps: config.train.steps,
+            model_config: serde_json::to_value(&model_config)?,
+            train_config: serde_json::json!({
+                "data": config.data,
+                "batch": config.batch,
+                "train": config.train,
+            }),
+        };
+        Ok(Self {
+            dir: config.run.out.join(id.name()),
+            config,
+            data,
+            device,
+            id,
+            model_config,
+            header,
+        })
+    }
+
+    /// The records of an earlier start of this run, if there was one.
+    fn earlier(&self) -> Result<Option<Run>> {
+        match self.dir.join(METRICS_FILE).exists() {
+            true => read_run(&self.dir).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    fn check_resumable(&self) -> Result<()> {
+        match self.earlier()? {
+            Some(run) => run.header.check_resumable_as(&self.header),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the run and reads its records, or `None` where it was stopped.
+    fn run(&self, resume: bool, stop: &AtomicBool) -> Result<Option<Run>> {
+        let name = self.id.name();
+        if let Some(run) = self.earlier()?.filter(|run| run.summary.is_some()) {
+            tracing::info!("{name} is finished already");
+            return Ok(Some(run));
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        tracing::info!("training {name}");
+        let batches = self.batches()?;
+        let mut trainer = Trainer::new(
+            &self.dir,
+            &self.header,
+            &self.config.train,
+            &self.model_config,
+            self.data.tokenizer.clone(),
+            self.device,
+            resume,
+        )
+        .with_context(|| format!("cannot train {name}"))?;
+        match trainer.train(&batches, stop)? {
+            Outcome::Finished => read_run(&self.dir).map(Some),
+            Outcome::Interrupted => Ok(None),
+        }
+    }
 
     fn batches(&self) -> Result<RunData> {
-        let config = self.config.batch_config(self.objective, self.seed);
-        let eval_config = BatchConfig {
-            mask_rate: self.config.batch.eval_mask_rate,
-            ..config.clone()
-        };
+        let config = self.config.batch_config(&self.id);
+        let eval_config = self.config.eval_batch_config(&self.id);
         let Data {
             tokenizer,
             train,
@@ -338,36 +411,6 @@ impl Plan<'_> {
                 .collect::<Result<_>>()?,
         })
     }
-
-    fn header(&self, model_config: &BertConfig) -> Result<RunHeader> {
-        let parameters = ParameterCounts::of(model_config);
-        Ok(RunHeader {
-            variant: self.variant.name().to_string(),
-            objective: self.objective,
-            seed: self.seed,
-            code_version: code_version(),
-            device: device_name(self.device),
-            parameters: parameters.all,
-            position_parameters: parameters.positions,
-            parameter_bytes: 4 * parameters.all,
-            data: self.data.train.description(),
-            total_steps: self.config.train.steps,
-            model_config: serde_json::to_value(model_config)?,
-            train_config: serde_json::json!({
-                "data": self.config.data,
-                "batch": self.config.batch,
-                "train": self.config.train,
-            }),
-        })
-    }
-}
-
-/// The run in a folder, if there is one that reached its end.
-fn finished(dir: &Path) -> Result<Option<Run>> {
-    if !dir.join(METRICS_FILE).exists() {
-        return Ok(None);
-    }
-    Ok(Some(read_run(dir)?).filter(|run| run.summary.is_some()))
 }
 
 /// Version of this program, with the git commit where it was built from a checkout.

@@ -64,7 +64,7 @@ pub struct RunHeader {
 }
 
 impl RunHeader {
-    /// Everything that was set, by dotted path.
+    /// What was set for all variants, seeds and objectives, by dotted path.
     pub(crate) fn settings(&self) -> BTreeMap<String, String> {
         let mut settings = BTreeMap::from([
             ("data".to_string(), self.data.clone()),
@@ -77,18 +77,27 @@ impl RunHeader {
         settings
     }
 
-    /// Whether a run with this header may go on as one with `other`: only device and program
-    /// version may differ.
+    /// Whether a run with this header may go on as one with `other`: only device, program version
+    /// and the place of the cache may differ.
     ///
     /// # Errors
     /// Names every setting that differs.
     pub(crate) fn check_resumable_as(&self, other: &Self) -> Result<()> {
-        let (mine, others) = (self.settings(), other.settings());
+        let settings = |header: &Self| {
+            let mut settings = header.settings();
+            for key in ["device", "code_version", "train_config.data.cache_dir"] {
+                settings.remove(key);
+            }
+            settings.insert("variant".to_string(), header.variant.clone());
+            settings.insert("seed".to_string(), header.seed.to_string());
+            settings.insert("objective".to_string(), format!("{:?}", header.objective));
+            settings
+        };
+        let (mine, others) = (settings(self), settings(other));
         let keys: BTreeSet<&String> = mine.keys().chain(others.keys()).collect();
         let text = |value: Option<&String>| value.map_or("absent", String::as_str).to_string();
         let differences: Vec<String> = keys
             .into_iter()
-            .filter(|key| !["device", "code_version"].contains(&key.as_str()))
             .map(|key| (key, text(mine.get(key)), text(others.get(key))))
             .filter(|(_, mine, others)| mine != others)
             .map(|(key, mine, others)| format!("{key} was {mine}, is now {others}"))
@@ -198,20 +207,26 @@ impl RunWriter {
     pub fn create(dir: &Path, header: &RunHeader) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(METRICS_FILE);
-        let metrics = match OpenOptions::new().append(true).create_new(true).open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
-                "{} already holds a run: resume it, or choose another folder",
-                path.display()
-            ),
-            opened => opened.with_context(|| format!("cannot create {}", path.display()))?,
-        };
-        let mut writer = Self {
+        ensure!(
+            !path.exists(),
+            "{} already holds a run: resume it, or choose another folder",
+            path.display()
+        );
+        // Whole from the start, so that a run killed here can be resumed.
+        write_atomic(&path, &line(&Record::Run(Box::new(header.clone())))?)?;
+        Self::append(path, open_scalars(dir)?)
+    }
+
+    fn append(path: PathBuf, scalars: FileWriter) -> Result<Self> {
+        let metrics = OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot append to {}", path.display()))?;
+        Ok(Self {
             path,
             metrics,
-            scalars: open_scalars(dir)?,
-        };
-        writer.write(&Record::Run(Box::new(header.clone())))?;
-        Ok(writer)
+            scalars,
+        })
     }
 
     /// Continues the records of the run in `dir` after optimizer step `step`, or from its very
@@ -238,21 +253,13 @@ impl RunWriter {
             }
         }
         write_atomic(&path, &kept)?;
-        let metrics = OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot append to {}", path.display()))?;
         let mut scalars = open_scalars(dir)?;
         let mut session = SessionLog::new();
         session.set_status(SessionLog_SessionStatus::START);
         let mut event = Event::new();
         event.set_session_log(session);
         scalars.add_event(&event, step.map_or(0, |step| step as usize + 1));
-        Ok(Self {
-            path,
-            metrics,
-            scalars,
-        })
+        Self::append(path, scalars)
     }
 
     /// Appends one record.

@@ -44,7 +44,7 @@ pub struct TrainConfig {
     /// Highest learning rate.
     #[arg(long, default_value_t = TrainConfig::default().lr)]
     pub lr: f64,
-    /// Last learning rate as a share of the highest.
+    /// Where the learning rate would fall to after the last step, as a share of the highest.
     #[arg(long, default_value_t = TrainConfig::default().min_lr_ratio)]
     pub min_lr_ratio: f64,
     /// Share of the steps over which the learning rate rises.
@@ -71,7 +71,7 @@ pub struct TrainConfig {
     /// Arithmetic of the model; weights and optimizer are f32 always.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().dtype)]
     pub dtype: Precision,
-    /// Steps between training records.
+    /// Steps between training records; evaluations and checkpoints make one too.
     #[arg(long, default_value_t = TrainConfig::default().log_every)]
     pub log_every: u64,
     /// Steps between evaluations.
@@ -435,6 +435,9 @@ impl Trainer {
             }
         }
         bad.truncate(5);
+        if bad.is_empty() {
+            bad.push("none");
+        }
         bail!(
             "step {}: loss {loss}, gradient norm {norm}; the first gradients that are not finite: {}. \
              The update was not applied, and the last checkpoint is as it was; try a lower --lr or a longer --warmup-ratio",

@@ -1,6 +1,6 @@
 //! What to compute: [`AttentionSpec`] and the [`PositionEncoding`] inside it.
 //!
-//! Both are plain data. Every implementation (CPU kernel, f64 reference) reads
+//! Both are plain data. Every implementation (CPU, CUDA, f64 reference) reads
 //! the same two types, so an encoding exists in one place.
 
 use candle_core::{Result, bail};

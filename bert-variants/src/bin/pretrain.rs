@@ -53,7 +53,7 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nsaving a checkpoint; once more to quit without");
+        eprintln!("\nstopping after this step; once more to quit at once");
     })
     .context("cannot listen for signals")?;
     Ok(stop)

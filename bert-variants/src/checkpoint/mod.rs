@@ -114,11 +114,11 @@ pub(crate) fn find_training(dir: &Path) -> Result<bool> {
     Ok(dir.exists())
 }
 
-/// The name of a directory while its successor takes its place.
+/// The name of a directory while its successor takes its place: hidden beside it, and no name that
+/// a user would give.
 fn old_name(dir: &Path) -> PathBuf {
-    let mut old = dir.as_os_str().to_owned();
-    old.push(".old");
-    old.into()
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    dir.with_file_name(format!(".{name}.replaced"))
 }
 
 /// Writes the files of a directory under a temporary name, makes sure that they are on the disk,
@@ -135,26 +135,33 @@ pub(crate) fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> R
         for entry in fs::read_dir(temporary.path())? {
             File::open(entry?.path())?.sync_all()?;
         }
-        let temporary = temporary.keep();
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
             // Temporary folders are private; this one is the user's.
-            fs::set_permissions(&temporary, fs::Permissions::from_mode(0o755))?;
+            fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o755))?;
         }
+        File::open(temporary.path())?.sync_all()?;
         // A directory cannot be renamed onto one that has files.
         let old = old_name(dir);
-        if dir.exists() {
+        let replaced = dir.exists();
+        if replaced {
             if old.exists() {
                 fs::remove_dir_all(&old)?;
             }
             fs::rename(dir, &old)?;
         }
-        fs::rename(&temporary, dir)?;
-        if old.exists() {
+        if let Err(error) = fs::rename(temporary.path(), dir) {
+            if replaced {
+                fs::rename(&old, dir)?;
+            }
+            return Err(error.into());
+        }
+        let _ = temporary.keep();
+        File::open(parent)?.sync_all()?;
+        if replaced {
             fs::remove_dir_all(&old)?;
         }
-        File::open(parent)?.sync_all()?;
         Ok(())
     };
     write().with_context(|| format!("cannot write {}", dir.display()))
