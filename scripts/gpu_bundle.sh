@@ -12,24 +12,21 @@ bundle=target/gpu-bundle
 rm -rf "$bundle"
 mkdir -p "$bundle"/{tests,bench,bin}
 
-# Test targets are named package-target. A benchmark is compiled like a test, without a harness.
-cargo build --release --workspace --features cuda --bins
-cargo test --release --workspace --features cuda --no-run --lib --tests --benches \
+cargo build --release --package bert-variants --features cuda --bins
+for program in bert-variants/src/bin/*.rs; do
+  name=$(basename "$program" .rs)
+  strip -o "$bundle/bin/$name" "target/release/$name"
+done
+
+# The tests of bert-variants read files of the repository and need no GPU: they stay here.
+cargo test --release --package candle-rope-attn --features cuda --no-run --lib --tests --benches \
   --message-format json-render-diagnostics | python3 -c '
-import json, os, sys
+import json, sys
 for message in map(json.loads, sys.stdin):
-    if message["reason"] != "compiler-artifact" or not message["executable"]:
-        continue
-    target, package = message["target"], os.path.basename(os.path.dirname(message["manifest_path"]))
-    kind = target["kind"][0]
-    if kind == "bin":
-        # Its unit tests, or the program itself, which integration tests run.
-        folder, name = ("tests", f"{package}-bin-" + target["name"]) if message["profile"]["test"] else ("bin", target["name"])
-    elif kind == "bench":
-        folder, name = "bench", target["name"]
-    else:
-        folder, name = "tests", package + "-" + (target["name"] if kind == "test" else "unit")
-    print(message["executable"], f"{folder}/{name}", sep="\t")' |
+    if message["reason"] == "compiler-artifact" and message["executable"]:
+        kind, name = message["target"]["kind"][0], message["target"]["name"]
+        folder = "bench" if kind == "bench" else "tests"
+        print(message["executable"], folder + "/" + (name if kind != "lib" else "unit"), sep="\t")' |
   while IFS=$'\t' read -r executable name; do
     strip -o "$bundle/$name" "$executable"
   done
