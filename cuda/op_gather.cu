@@ -32,6 +32,33 @@ __global__ void __launch_bounds__(kOpThreads)
   }
 }
 
+struct Tables {
+  OpTable parts[OP_MAX_TABLES];
+};
+
+// A warp a row.
+template <int W>
+__global__ void __launch_bounds__(kOpThreads)
+    sum_rows_kernel(const __grid_constant__ Tables tables, int count, float* __restrict__ y,
+                    int64_t len, int64_t width) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kOpThreads / 32) + warp_id();
+  if (i >= len) return;
+  for (int64_t column = lane_id() * W; column < width; column += 32 * W) {
+    float sum[W] = {};
+    for (int t = 0; t < count; ++t) {
+      const OpTable& part = tables.parts[t];
+      const int64_t row = part.rows[i];
+      float x[W];
+#pragma unroll
+      for (int j = 0; j < W; ++j) x[j] = NAN;
+      if (row < part.count) load_f32<W>(x, part.table + row * width + column);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum[j] += x[j];
+    }
+    store_f32<W>(y + i * width + column, sum);
+  }
+}
+
 // ---- Backward ----------------------------------------------------------------------------------
 
 constexpr int kWindow = 64;        // uses that a block adds up
@@ -197,6 +224,22 @@ int op_gather_rows(int32_t dtype, const void* table, const uint32_t* rows, void*
     using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
     return gather.template operator()<Bits>();
   });
+}
+
+int op_sum_rows(const OpTable* tables, int64_t count, float* y, int64_t len, int64_t width,
+                void* stream) {
+  using namespace attn;
+  if (count < 1 || count > OP_MAX_TABLES) return ATTN_ERR_SIZE;
+  if (len == 0 || width == 0) return ATTN_OK;
+  Tables list;
+  bool aligned = aligned_to_16({y}) && width % 4 == 0;
+  for (int64_t t = 0; t < count; ++t) {
+    list.parts[t] = tables[t];
+    aligned = aligned && aligned_to_16({tables[t].table});
+  }
+  constexpr int64_t kRows = kOpThreads / 32;
+  return launch(aligned ? sum_rows_kernel<4> : sum_rows_kernel<1>, (len + kRows - 1) / kRows,
+                kOpThreads, 0, stream, list, static_cast<int>(count), y, len, width);
 }
 
 int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t* bytes) {

@@ -46,7 +46,47 @@ struct GeluBackward {
   }
 };
 
+// Both in one pass, for a layer that keeps x alone.
+template <class T, int W>
+__global__ void __launch_bounds__(kOpThreads)
+    gelu_both_kernel(const T* __restrict__ x, const T* __restrict__ grad, T* __restrict__ y,
+                     T* __restrict__ dx, int64_t len) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kOpThreads + threadIdx.x) * W;
+  if (i >= len) return;
+  auto both = [&]<int N>(int64_t at) {
+    float v[N], g[N];
+    load_vec<T, N>(v, x + at);
+    load_vec<T, N>(g, grad + at);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Normal normal(v[j]);
+      g[j] *= fmaf(v[j], normal.pdf, normal.cdf);
+      v[j] *= normal.cdf;
+    }
+    store_vec<T, N>(y + at, v);
+    store_vec<T, N>(dx + at, g);
+  };
+  if (i + W <= len) {
+    both.template operator()<W>(i);
+  } else {
+    for (int64_t at = i; at < len; ++at) both.template operator()<1>(at);
+  }
+}
+
 }  // namespace attn
+
+int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, int64_t len,
+                 void* stream) {
+  using namespace attn;
+  if (len == 0) return ATTN_OK;
+  return for_element(dtype, [&]<class T>() {
+    return for_vector<T>(aligned_to_16({x, grad, y, dx}), [&]<int W>() {
+      return launch(gelu_both_kernel<T, W>, (len + kOpThreads * W - 1) / (kOpThreads * W),
+                    kOpThreads, 0, stream, static_cast<const T*>(x), static_cast<const T*>(grad),
+                    static_cast<T*>(y), static_cast<T*>(dx), len);
+    });
+  });
+}
 
 int op_gelu_fwd(int32_t dtype, const void* x, void* y, int64_t len, void* stream) {
   return attn::map<false>(dtype, x, nullptr, y, len, stream, attn::GeluForward{});

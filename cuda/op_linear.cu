@@ -1,5 +1,4 @@
-// What a dense layer needs besides its matrix products: rows filled with the bias, to which the
-// product is added, and the column sums that are the bias' gradient.
+// What a dense layer needs besides its matrix products: the column sums that are the bias' gradient.
 #include "ops.cuh"
 
 namespace attn {
@@ -7,21 +6,6 @@ namespace attn {
 // A block has 8 warps. A warp's lanes own W columns each of a tile of 32 * W, and its rows are
 // every 8th of the block's.
 constexpr int kRowWarps = kOpThreads / 32;
-
-template <class T, int W>
-__global__ void __launch_bounds__(kOpThreads)
-    fill_rows_kernel(const T* __restrict__ bias, T* __restrict__ y, int64_t rows, int64_t columns,
-                     int64_t tiles, int64_t rows_per_block) {
-  const int64_t column = (blockIdx.x % tiles * 32 + lane_id()) * W;
-  if (column >= columns) return;
-  float x[W];
-  load_vec<T, W>(x, bias + column);
-  const int64_t first = blockIdx.x / tiles * rows_per_block;
-  const int64_t end = min(first + rows_per_block, rows);
-  for (int64_t row = first + warp_id(); row < end; row += kRowWarps) {
-    store_vec<T, W>(y + row * columns + column, x);
-  }
-}
 
 template <class T, int W>
 __global__ void __launch_bounds__(kOpThreads)
@@ -72,21 +56,6 @@ struct RowTiles {
 };
 
 }  // namespace attn
-
-int op_fill_rows(int32_t dtype, const void* bias, void* y, int64_t rows, int64_t columns,
-                 void* stream) {
-  using namespace attn;
-  if (rows == 0 || columns == 0) return ATTN_OK;
-  return for_element(dtype, [&]<class T>() {
-    const bool aligned = aligned_to_16({bias, y}) && columns % kChunk<T> == 0;
-    return for_vector<T>(aligned, [&]<int W>() {
-      const RowTiles<T, W> grid(rows, columns);
-      return launch(fill_rows_kernel<T, W>, grid.tiles * grid.blocks, kOpThreads, 0, stream,
-                    static_cast<const T*>(bias), static_cast<T*>(y), rows, columns, grid.tiles,
-                    grid.rows_per_block);
-    });
-  });
-}
 
 int64_t op_column_sum_partials(int64_t rows, int64_t columns) {
   return attn::row_blocks(rows, columns);

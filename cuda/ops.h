@@ -19,14 +19,15 @@ int op_gelu_fwd(int32_t dtype, const void* x, void* y, int64_t len, void* stream
 int op_gelu_bwd(int32_t dtype, const void* x, const void* grad, void* dx, int64_t len,
                 void* stream);
 
-// x, y: [len]. Word i % 4 of Philox4x32-10 with counter (i / 4, 0, 0) and key (low, high word of
-// seed) below p * 2^32 drops element i; kept ones are divided by 1 - p.
-int op_dropout(int32_t dtype, const void* x, void* y, int64_t len, float p, uint64_t seed,
-               void* stream);
-
-// y: [rows, columns], every row a copy of bias [columns].
-int op_fill_rows(int32_t dtype, const void* bias, void* y, int64_t rows, int64_t columns,
+// y = gelu(x), and the gradient dx of x: [len].
+int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, int64_t len,
                  void* stream);
+
+// x, y: [len]. Word i % 4 of Philox4x32-10 with counter (i / 4, 0, 0) and key (low, high word of
+// seed) below p * 2^32 drops element i; kept ones are divided by 1 - p. residual [len], unless null,
+// is added.
+int op_dropout(int32_t dtype, const void* x, const void* residual, void* y, int64_t len, float p,
+               uint64_t seed, void* stream);
 
 // sums [columns] of x [rows, columns]. partial: f32 [op_column_sum_partials(..), columns].
 int64_t op_column_sum_partials(int64_t rows, int64_t columns);
@@ -52,6 +53,17 @@ int op_gather_rows(int32_t dtype, const void* table, const uint32_t* rows, void*
 int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t* bytes);
 int op_scatter_rows(int32_t dtype, const void* grad, const uint32_t* rows, void* d_table,
                     void* workspace, int64_t len, int64_t count, int64_t width, void* stream);
+
+enum { OP_MAX_TABLES = 4 };
+typedef struct OpTable {
+  const float* table;    // [count, width]
+  const uint32_t* rows;  // [len]; a number from `count` on gives NaN
+  int64_t count;
+} OpTable;
+
+// y: f32 [len, width], the sum of one row of each of `count` tables, 1 to OP_MAX_TABLES.
+int op_sum_rows(const OpTable* tables, int64_t count, float* y, int64_t len, int64_t width,
+                void* stream);
 
 // logits, d_logits: [rows, vocab]; labels: [rows]; lse, losses: f32 [rows]; loss, its mean, and
 // grad, the gradient of that: one f32. A label from `vocab` on makes the loss NaN.

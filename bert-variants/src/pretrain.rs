@@ -244,7 +244,8 @@ impl PretrainConfig {
         let size = &self.model;
         let mut config = BertConfig::new(
             id.variant,
-            vocab_size,
+            // Rows for no token, so that the products with the logits are aligned.
+            vocab_size.next_multiple_of(8),
             size.num_hidden_layers,
             size.hidden_size,
             size.num_attention_heads,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{AdamW, Parameter, global_norm};
+use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -371,31 +371,22 @@ impl Trainer {
     /// Mean loss over all labels of the batches, and its gradient for every parameter.
     fn gradients(&self, batches: &[Batch]) -> Result<(Tensor, Vec<Tensor>)> {
         let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
-        let mut total: Option<(Tensor, Vec<Tensor>)> = None;
+        let mut gradients = Gradients::default();
+        let mut losses = Vec::with_capacity(batches.len());
         for (pass, batch) in (0u64..).zip(batches) {
             let place = [self.progress.step.to_le_bytes(), pass.to_le_bytes()].concat();
             let dropout_seed = xxh3_64_with_seed(&place, self.seed);
             let share = batch.labels.len() as f64 / labels as f64;
-            let loss = (self.model.loss(batch, Some(dropout_seed))? * share)?;
-            let mut found = loss.backward()?;
-            let mut gradients = Vec::with_capacity(self.parameters.vars().len());
-            for (name, var) in self.parameters.vars() {
-                let gradient = found.remove(var);
-                gradients.push(gradient.with_context(|| format!("{name} got no gradient"))?);
-            }
-            let loss = loss.detach();
-            total = Some(match total {
-                None => (loss, gradients),
-                Some((loss_sum, sums)) => {
-                    let sums = sums.iter().zip(&gradients).map(|(sum, g)| sum + g);
-                    (
-                        (loss_sum + loss)?,
-                        sums.collect::<candle_core::Result<_>>()?,
-                    )
-                }
-            });
+            let (loss, tape) = Tape::record(|| self.model.loss(batch, Some(dropout_seed)))?;
+            tape.backward(&loss, share, &mut gradients)?;
+            losses.push((loss.detach() * share)?);
         }
-        total.context("a step needs at least one batch")
+        let gradients = self.parameters.vars().iter().map(|(name, var)| {
+            let gradient = gradients.remove(var);
+            gradient.with_context(|| format!("{name} got no gradient"))
+        });
+        let gradients = gradients.collect::<Result<_>>()?;
+        Ok((Tensor::stack(&losses, 0)?.sum(0)?, gradients))
     }
 
     fn count_step(&mut self, batches: &[Batch], loss: Tensor, norm: Tensor, peak: u64) {

@@ -104,11 +104,13 @@ mod cpu;
 mod cuda;
 mod element;
 mod op;
+mod operand;
 pub mod ops;
 mod philox;
 mod position;
 pub mod reference;
 mod spec;
+mod tape;
 
 use candle_core::{Device, Result};
 

@@ -14,6 +14,7 @@ use crate::cpu;
 use crate::cuda;
 use crate::element::check_dtype;
 use crate::spec::{AttentionSpec, PositionEncoding, Sequences};
+use crate::tape;
 
 /// `softmax(softmax_scale * q k^T + bias) v` of each head and sequence, with q and k rotated
 /// first where the encoding is RoPE.
@@ -41,12 +42,14 @@ pub fn attention(
         contiguous_rows(k)?,
         contiguous_rows(v)?,
     ];
-    let op = Attention::new(spec, batch, &[&q, &k, &v]);
-    q.apply_op3(&k, &v, op)
+    let op = Attention::new(spec, batch, &[&q, &k, &v], false);
+    tape::apply3(op, &q, &k, &v)
 }
 
 /// As [`attention`], of q, k and v in one tensor `[batch, seqlen, 3, num_heads, head_dim]`, or
-/// `[total_tokens, 3, num_heads, head_dim]` with [`Sequences::CuSeqlens`].
+/// `[total_tokens, 3, num_heads, head_dim]` with [`Sequences::CuSeqlens`]. The last three axes may
+/// be one, `3 * num_heads * head_dim`, as a linear layer makes it; then the result's last two are
+/// one too.
 ///
 /// Its gradient is one packed tensor too, so nothing is sliced or added up in the graph.
 ///
@@ -57,11 +60,17 @@ pub fn attention_qkvpacked(
     spec: &AttentionSpec,
     sequences: &Sequences,
 ) -> Result<Tensor> {
-    let batch = check(qkv.dims(), qkv.dtype(), true, spec, sequences)?;
     no_weight(spec)?;
-    let qkv = contiguous_rows(qkv)?;
-    let op = Attention::new(spec, batch, &[&qkv]);
-    qkv.apply_op1(op)
+    let (qkv, flat) = packed(qkv, spec)?;
+    let batch = check(
+        &qkv_dims(&qkv, flat, spec),
+        qkv.dtype(),
+        true,
+        spec,
+        sequences,
+    )?;
+    let op = Attention::new(spec, batch, &[&qkv], flat);
+    tape::apply1(op, &qkv)
 }
 
 /// As [`attention`] with [`PositionEncoding::RelativeBias`], whose `weight`
@@ -96,7 +105,14 @@ pub fn attention_qkvpacked_with_bias(
     spec: &AttentionSpec,
     sequences: &Sequences,
 ) -> Result<Tensor> {
-    let batch = check(qkv.dims(), qkv.dtype(), true, spec, sequences)?;
+    let (qkv, flat) = packed(qkv, spec)?;
+    let batch = check(
+        &qkv_dims(&qkv, flat, spec),
+        qkv.dtype(),
+        true,
+        spec,
+        sequences,
+    )?;
     let PositionEncoding::RelativeBias(bias) = &spec.position else {
         bail!(
             "attention with a bias weight needs PositionEncoding::RelativeBias, got {:?}",
@@ -111,11 +127,10 @@ pub fn attention_qkvpacked_with_bias(
             weight.dims()
         )
     }
-    let qkv = contiguous_rows(qkv)?;
     // A copy, as a contiguous view may begin within its storage.
     let weight = weight.to_dtype(DType::F32)?.force_contiguous()?;
-    let op = Attention::new(spec, batch, &[&qkv, &weight]);
-    qkv.apply_op2(&weight, op)
+    let op = Attention::new(spec, batch, &[&qkv, &weight], flat);
+    tape::apply2(op, &qkv, &weight)
 }
 
 fn check_alike(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
@@ -158,6 +173,24 @@ fn check(
     }
 }
 
+/// The packed tensor, and whether its last axis is flat: q, k and v of all heads.
+fn packed(qkv: &Tensor, spec: &AttentionSpec) -> Result<(Tensor, bool)> {
+    let flat = qkv.dims().last() == Some(&(3 * spec.num_heads * spec.head_dim));
+    let qkv = match flat {
+        true => qkv.contiguous(),
+        false => contiguous_rows(qkv),
+    };
+    Ok((qkv?, flat))
+}
+
+/// Its shape with all axes.
+fn qkv_dims(qkv: &Tensor, flat: bool, spec: &AttentionSpec) -> Vec<usize> {
+    match (flat, qkv.dims()) {
+        (true, [tokens @ .., _]) => [tokens, &[3, spec.num_heads, spec.head_dim]].concat(),
+        (_, dims) => dims.to_vec(),
+    }
+}
+
 fn no_weight(spec: &AttentionSpec) -> Result<()> {
     if let PositionEncoding::RelativeBias(_) = spec.position {
         bail!(
@@ -180,6 +213,8 @@ pub(crate) fn contiguous_rows(x: &Tensor) -> Result<Tensor> {
 struct Attention {
     spec: AttentionSpec,
     batch: Batch,
+    /// Whether the last axes of packed tensors and the result are one.
+    flat: bool,
     /// The log-sum-exp, of [`Batch::lse_shape`], from the forward for the backward pass, in the
     /// units of the device's kernel. None if there will be no backward pass.
     lse: Option<OnceLock<Tensor>>,
@@ -187,22 +222,44 @@ struct Attention {
 
 impl Attention {
     /// `arguments` are all tensors of the call.
-    fn new(spec: &AttentionSpec, batch: Batch, arguments: &[&Tensor]) -> Self {
+    fn new(spec: &AttentionSpec, batch: Batch, arguments: &[&Tensor], flat: bool) -> Self {
         let tracked = arguments.iter().any(|x| x.track_op());
         Self {
             spec: spec.clone(),
             batch,
+            flat,
             lse: tracked.then(OnceLock::new),
         }
     }
 
-    fn output_shape(&self) -> Shape {
-        let mut dims = match self.batch.sequences {
+    /// A shape of the axes of tokens and some more.
+    fn shape(&self, axes: &[usize]) -> Shape {
+        let tokens = match self.batch.sequences {
             Sequences::CuSeqlens(_) => vec![self.batch.total_tokens],
             _ => vec![self.batch.count, self.batch.seqlen],
         };
-        dims.extend([self.spec.num_heads, self.spec.head_dim]);
-        dims.into()
+        [&tokens, axes].concat().into()
+    }
+
+    /// Of the result, with an axis for the heads.
+    fn heads_shape(&self) -> Shape {
+        self.shape(&[self.spec.num_heads, self.spec.head_dim])
+    }
+
+    fn output_shape(&self) -> Shape {
+        match self.flat {
+            true => self.shape(&[self.spec.num_heads * self.spec.head_dim]),
+            false => self.heads_shape(),
+        }
+    }
+
+    /// The layout of an input with all its axes.
+    fn layout(&self, layout: &Layout) -> Layout {
+        let qkv = self.shape(&[3, self.spec.num_heads, self.spec.head_dim]);
+        match self.flat {
+            true => Layout::contiguous_with_offset(qkv, layout.start_offset()),
+            false => layout.clone(),
+        }
     }
 
     /// `inputs` are q, k and v, or the packed tensor.
@@ -211,15 +268,19 @@ impl Attention {
         inputs: &[(&CpuStorage, &Layout)],
         weight: Option<&CpuStorage>,
     ) -> Result<(CpuStorage, Shape)> {
-        let shape = self.output_shape();
-        let layout = Layout::contiguous(&shape);
-        let (out, lse) = cpu::forward(&self.spec, &self.batch, inputs, weight, &layout)?;
+        let layouts: Vec<_> = inputs
+            .iter()
+            .map(|(_, layout)| self.layout(layout))
+            .collect();
+        let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
+        let out_layout = Layout::contiguous(self.heads_shape());
+        let (out, lse) = cpu::forward(&self.spec, &self.batch, &inputs, weight, &out_layout)?;
         if let Some(saved) = &self.lse {
             let shape = self.batch.lse_shape(self.spec.num_heads);
             let lse = Tensor::from_vec(lse, shape, &Device::Cpu)?;
             saved.get_or_init(|| lse);
         }
-        Ok((out, shape))
+        Ok((out, self.output_shape()))
     }
 
     #[cfg(feature = "cuda")]
@@ -228,15 +289,19 @@ impl Attention {
         inputs: &[(&CudaStorage, &Layout)],
         weight: Option<&CudaStorage>,
     ) -> Result<(CudaStorage, Shape)> {
-        let shape = self.output_shape();
-        let layout = Layout::contiguous(&shape);
+        let layouts: Vec<_> = inputs
+            .iter()
+            .map(|(_, layout)| self.layout(layout))
+            .collect();
+        let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
+        let out_layout = Layout::contiguous(self.heads_shape());
         let (out, lse) =
-            cuda::attention::forward(&self.spec, &self.batch, inputs, weight, &layout)?;
+            cuda::attention::forward(&self.spec, &self.batch, &inputs, weight, &out_layout)?;
         if let Some(saved) = &self.lse {
             let shape = self.batch.lse_shape(self.spec.num_heads);
             saved.get_or_init(|| cuda::tensor(lse, shape));
         }
-        Ok((out, shape))
+        Ok((out, self.output_shape()))
     }
 
     /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight.
@@ -250,9 +315,29 @@ impl Attention {
         let Some(lse) = self.lse.as_ref().and_then(OnceLock::get) else {
             bail!("attention: the backward pass needs a forward pass that tracked gradients")
         };
-        let d_out = contiguous_rows(d_out)?;
-        let saved = [out, &d_out, lse];
-        match out.device() {
+        if self.flat {
+            let qkv = self.shape(&[3, self.spec.num_heads, self.spec.head_dim]);
+            let unflatten = |x: &Tensor, shape: &Shape| x.detach().reshape(shape);
+            let out = unflatten(out, &self.heads_shape())?;
+            let d_out = unflatten(d_out, &self.heads_shape())?;
+            let saved = [&out, &d_out, lse];
+            let (d_qkv, d_weight) =
+                self.device_backward(&[&unflatten(inputs[0], &qkv)?], weight, saved)?;
+            let d_qkv = d_qkv.iter().map(|x| x.reshape(inputs[0].shape()));
+            return Ok((d_qkv.collect::<Result<_>>()?, d_weight));
+        }
+        self.device_backward(inputs, weight, [out, &contiguous_rows(d_out)?, lse])
+    }
+
+    /// The same of tensors with all their axes; `saved` are the output, its gradient and the
+    /// log-sum-exp.
+    fn device_backward(
+        &self,
+        inputs: &[&Tensor],
+        weight: Option<&Tensor>,
+        saved: [&Tensor; 3],
+    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        match inputs[0].device() {
             Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {

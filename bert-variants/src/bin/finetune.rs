@@ -22,6 +22,7 @@ struct Cli {
 
 fn main() -> Result<()> {
     bert_variants::init_logging();
+    bert_variants::memory::keep_freed_memory();
     let config: FinetuneConfig = settings(&Cli::command().get_matches())?;
     println!("Report: {}", finetune(&config)?.display());
     Ok(())

@@ -32,6 +32,7 @@ struct Cli {
 
 fn main() -> Result<()> {
     bert_variants::init_logging();
+    bert_variants::memory::keep_freed_memory();
     let matches = Cli::command().get_matches();
     let config: PretrainConfig = settings(&matches)?;
     let stop = stop_on_signal()?;

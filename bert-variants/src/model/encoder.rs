@@ -2,12 +2,12 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::embedding;
+use candle_rope_attn::ops::{cast, dropout, embedding_sum};
 use candle_rope_attn::{
-    AttentionSpec, Sequences, attention_qkvpacked, attention_qkvpacked_with_bias,
+    AttentionSpec, Dropout, Sequences, attention_qkvpacked, attention_qkvpacked_with_bias,
 };
 
-use super::layers::{Dropout, LayerNorm, Linear, Weights};
+use super::layers::{LayerNorm, Linear, PassDropout, Weights};
 use crate::config::{Activation, BertConfig, Norm, Position};
 use crate::data::Batch;
 use crate::parameters::{POSITION_EMBEDDINGS, Parameters, RELATIVE_BIAS, WORD_EMBEDDINGS};
@@ -145,13 +145,12 @@ impl Encoder {
     /// or `cu_seqlens` does not fit.
     pub fn forward(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
         tokens.check(&self.config)?;
-        let dropout = Dropout { seed: dropout_seed };
+        let dropout = PassDropout { seed: dropout_seed };
         let sequences = Sequences::CuSeqlens(tokens.cu_seqlens.to_vec());
         let x = self.embeddings.forward(tokens, &self.device)?;
         let p = &self.config.dropout;
-        let mut x = dropout
-            .forward(x, p.embeddings, "embeddings", 0)?
-            .to_dtype(self.dtype)?;
+        let x = dropout.forward(x, p.embeddings, "embeddings", 0)?;
+        let mut x = cast(&x, self.dtype)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let probs = dropout.at(p.attention_probs, "attention_probs", i);
             let attention = Attention {
@@ -197,18 +196,20 @@ impl Embeddings {
     }
 
     fn forward(&self, tokens: &Tokens, device: &Device) -> Result<Tensor> {
-        let mut x = embedding(&Tensor::new(tokens.ids, device)?, &self.word)?;
+        let mut parts = vec![(Tensor::new(tokens.ids, device)?, &self.word)];
         if let Some(table) = &self.token_type {
-            x = match tokens.token_type_ids {
-                Some(types) => (x + embedding(&Tensor::new(types, device)?, table)?)?,
-                None => x.broadcast_add(&table.get(0)?)?,
+            let types = match tokens.token_type_ids {
+                Some(types) => Tensor::new(types, device)?,
+                None => Tensor::zeros(tokens.ids.len(), DType::U32, device)?,
             };
+            parts.push((types, table));
         }
         if let Some((table, first)) = &self.position {
             let positions = Tensor::new(position_ids(tokens.cu_seqlens, *first), device)?;
-            x = (x + embedding(&positions, table)?)?;
+            parts.push((positions, table));
         }
-        self.layer_norm.forward(&x)
+        let parts: Vec<_> = parts.iter().map(|(ids, table)| (ids, *table)).collect();
+        self.layer_norm.forward(&embedding_sum(&parts)?)
     }
 }
 
@@ -229,14 +230,10 @@ struct Attention<'a> {
 impl Attention<'_> {
     /// `[tokens, 3 * hidden_size]` to `[tokens, hidden_size]`.
     fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
-        let (tokens, width) = qkv.dims2()?;
-        let (heads, head_dim) = (self.spec.num_heads, self.spec.head_dim);
-        let qkv = qkv.reshape((tokens, 3, heads, head_dim))?;
-        let context = match self.relative_bias {
-            Some(bias) => attention_qkvpacked_with_bias(&qkv, bias, &self.spec, self.sequences)?,
-            None => attention_qkvpacked(&qkv, &self.spec, self.sequences)?,
-        };
-        Ok(context.reshape((tokens, width / 3))?)
+        Ok(match self.relative_bias {
+            Some(bias) => attention_qkvpacked_with_bias(qkv, bias, &self.spec, self.sequences)?,
+            None => attention_qkvpacked(qkv, &self.spec, self.sequences)?,
+        })
     }
 }
 
@@ -244,7 +241,7 @@ impl Attention<'_> {
 #[derive(Clone, Copy)]
 struct Place<'a> {
     config: &'a BertConfig,
-    dropout: Dropout,
+    dropout: PassDropout,
     layer: usize,
 }
 
@@ -286,25 +283,33 @@ impl Layer {
         };
         match self.norm {
             Norm::Post => {
-                let x = (self.attend(x, attention, place)? + x)?;
+                let x = self.attend(x, x, attention, place)?;
                 let x = norm(&self.attention_norm, &x)?;
-                let x = (self.mlp.forward(&x, place)? + &x)?;
+                let x = self.mlp.forward(&x, &x, place)?;
                 self.mlp_norm.forward(&x)
             }
             Norm::Pre => {
                 let normed = norm(&self.attention_norm, x)?;
-                let x = (self.attend(&normed, attention, place)? + x)?;
+                let x = self.attend(&normed, x, attention, place)?;
                 let normed = self.mlp_norm.forward(&x)?;
-                Ok((self.mlp.forward(&normed, place)? + x)?)
+                self.mlp.forward(&normed, &x, place)
             }
         }
     }
 
-    fn attend(&self, x: &Tensor, attention: &Attention, place: Place) -> Result<Tensor> {
+    /// Attention of x, added to the residual.
+    fn attend(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        attention: &Attention,
+        place: Place,
+    ) -> Result<Tensor> {
         let context = attention.forward(&self.qkv.forward(x)?)?;
-        let x = self.attention_output.forward(&context)?;
         let p = place.config.dropout.attention_output;
-        place.dropout.forward(x, p, "attention", place.layer)
+        let dropout = place.dropout.at(p, "attention", place.layer);
+        self.attention_output
+            .forward_add(&context, residual, dropout)
     }
 }
 
@@ -328,16 +333,23 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor, place: Place) -> Result<Tensor> {
+    /// Added to the residual.
+    fn forward(&self, x: &Tensor, residual: &Tensor, place: Place) -> Result<Tensor> {
         let p = &place.config.dropout;
-        let mut hidden = self.activation.forward(&self.intermediate.forward(x)?)?;
+        let at = |p, name| place.dropout.at(p, name, place.layer);
+        let (inner, outer) = (at(p.mlp_hidden, "mlp_hidden"), at(p.mlp_output, "mlp"));
+        let hidden = self.intermediate.forward(x)?;
+        let simple = self.up.is_none() && inner.is_none() && outer.is_none();
+        if simple && self.activation == Activation::Gelu {
+            return self.output.forward_gelu_add(&hidden, residual);
+        }
+        let mut hidden = self.activation.forward(&hidden)?;
         if let Some(up) = &self.up {
             hidden = (hidden * up.forward(x)?)?;
         }
-        let hidden = place
-            .dropout
-            .forward(hidden, p.mlp_hidden, "mlp_hidden", place.layer)?;
-        let x = self.output.forward(&hidden)?;
-        place.dropout.forward(x, p.mlp_output, "mlp", place.layer)
+        if let Some(Dropout { p, seed }) = inner {
+            hidden = dropout(&hidden, p, seed)?;
+        }
+        self.output.forward_add(&hidden, residual, outer)
     }
 }

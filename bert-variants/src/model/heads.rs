@@ -5,7 +5,7 @@ use candle_core::{D, DType, Tensor};
 use candle_rope_attn::ops::{cross_entropy, gather_rows};
 
 use super::encoder::{Encoder, Tokens, check_ids};
-use super::layers::{Dropout, LayerNorm, Linear, Weights, column, f32};
+use super::layers::{LayerNorm, Linear, PassDropout, Weights, column, f32};
 use crate::config::{Activation, BertConfig, Pooling, ProblemType, Task};
 use crate::data::Batch;
 use crate::parameters::{Parameters, WORD_EMBEDDINGS};
@@ -68,7 +68,7 @@ impl Head {
         })
     }
 
-    fn forward(&self, x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, dropout: PassDropout) -> Result<Tensor> {
         let mut x = x.clone();
         if let Some(transform) = &self.transform {
             if transform.dropout_before {
@@ -152,7 +152,7 @@ impl LanguageModel {
     ) -> Result<Tensor> {
         let hidden = self.encoder.forward(tokens, dropout_seed)?;
         let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
-        self.head.forward(&rows, Dropout { seed: dropout_seed })
+        self.head.forward(&rows, PassDropout { seed: dropout_seed })
     }
 
     /// Mean cross-entropy in nats over the labels of a batch, a scalar.
@@ -308,7 +308,8 @@ impl SequenceClassifier {
             Pooling::Cls => first_of_sequence(&hidden, tokens)?,
             Pooling::Mean => mean_of_sequence(&hidden, tokens)?,
         };
-        self.head.forward(&pooled, Dropout { seed: dropout_seed })
+        self.head
+            .forward(&pooled, PassDropout { seed: dropout_seed })
     }
 
     /// The loss that transformers takes for the configuration's `problem_type`, a scalar.
@@ -359,7 +360,8 @@ impl TokenClassifier {
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
         let hidden = self.encoder.forward(tokens, dropout_seed)?;
-        self.head.forward(&hidden, Dropout { seed: dropout_seed })
+        self.head
+            .forward(&hidden, PassDropout { seed: dropout_seed })
     }
 
     /// Mean cross-entropy over the tokens at `positions`, whose classes are `classes`; a scalar.
@@ -413,7 +415,8 @@ impl QuestionAnswerer {
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
         let hidden = self.encoder.forward(tokens, dropout_seed)?;
-        self.head.forward(&hidden, Dropout { seed: dropout_seed })
+        self.head
+            .forward(&hidden, PassDropout { seed: dropout_seed })
     }
 
     /// Mean cross-entropy of the first and last tokens of the answers, `[start, end]` for each

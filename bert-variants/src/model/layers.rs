@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use candle_rope_attn::ops;
+use candle_rope_attn::{Dropout, ops};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::config::{Activation, BertConfig};
@@ -49,13 +49,35 @@ pub(super) struct Linear {
 
 impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight.to_dtype(x.dtype())?;
-        let bias = self
-            .bias
-            .as_ref()
-            .map(|bias| bias.to_dtype(x.dtype()))
-            .transpose()?;
+        let (weight, bias) = self.cast(x.dtype())?;
         Ok(ops::linear(x, &weight, bias.as_ref())?)
+    }
+
+    /// `residual + dropout(forward(x))`.
+    pub fn forward_add(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        Ok(match dropout {
+            Some(Dropout { p, seed }) => ops::dropout_add(&self.forward(x)?, p, seed, residual)?,
+            None => {
+                let (weight, bias) = self.cast(x.dtype())?;
+                ops::linear_add(x, &weight, bias.as_ref(), residual)?
+            }
+        })
+    }
+
+    /// `residual + forward(gelu(x))`.
+    pub fn forward_gelu_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = self.cast(x.dtype())?;
+        Ok(ops::gelu_linear_add(x, &weight, bias.as_ref(), residual)?)
+    }
+
+    fn cast(&self, dtype: DType) -> Result<(Tensor, Option<Tensor>)> {
+        let bias = self.bias.as_ref().map(|bias| ops::cast(bias, dtype));
+        Ok((ops::cast(&self.weight, dtype)?, bias.transpose()?))
     }
 }
 
@@ -85,11 +107,11 @@ impl Activation {
 
 /// The dropout of one pass, if it has any; every place in the model has a seed of its own.
 #[derive(Clone, Copy)]
-pub(super) struct Dropout {
+pub(super) struct PassDropout {
     pub seed: Option<u64>,
 }
 
-impl Dropout {
+impl PassDropout {
     pub fn forward(self, x: Tensor, p: f64, place: &str, layer: usize) -> Result<Tensor> {
         match self.at(p, place, layer) {
             Some(dropout) => Ok(ops::dropout(&x, dropout.p, dropout.seed)?),
@@ -98,9 +120,9 @@ impl Dropout {
     }
 
     /// Probability and seed of a place, `None` where nothing is dropped.
-    pub fn at(self, p: f64, place: &str, layer: usize) -> Option<candle_rope_attn::Dropout> {
+    pub fn at(self, p: f64, place: &str, layer: usize) -> Option<Dropout> {
         let seed = self.seed.filter(|_| p > 0.0)?;
-        Some(candle_rope_attn::Dropout {
+        Some(Dropout {
             p: p as f32,
             seed: xxh3_64_with_seed(place.as_bytes(), seed).wrapping_add(layer as u64),
         })
@@ -114,5 +136,5 @@ pub(super) fn column(values: &[u32], like: &Tensor) -> Result<Tensor> {
 
 /// `x` in f32, for losses.
 pub(super) fn f32(x: &Tensor) -> Result<Tensor> {
-    Ok(x.to_dtype(DType::F32)?)
+    Ok(ops::cast(x, DType::F32)?)
 }

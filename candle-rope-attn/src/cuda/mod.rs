@@ -5,6 +5,7 @@ pub(crate) mod device;
 mod ffi;
 pub(crate) mod ops;
 mod ops_ffi;
+pub(crate) mod product;
 mod upload;
 
 use std::ffi::{CStr, c_int, c_void};

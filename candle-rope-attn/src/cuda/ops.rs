@@ -3,16 +3,11 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, Gemm, GemmConfig};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
-use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{
     CudaDevice, CudaStorage, DType, Layout, Result, Shape, StorageRef, Tensor, bail,
 };
-use half::{bf16, f16};
 
-use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTensor};
+use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTable, OpTensor};
 use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor};
 use crate::spec::Dropout;
 
@@ -34,7 +29,10 @@ macro_rules! launch {
 }
 
 /// Its first element.
-fn input<'a>(pointers: &mut Pointers<'a>, (storage, layout): Input<'a>) -> Result<*const c_void> {
+pub(super) fn input<'a>(
+    pointers: &mut Pointers<'a>,
+    (storage, layout): Input<'a>,
+) -> Result<*const c_void> {
     let Some((start, _)) = layout.contiguous_offsets() else {
         bail!(
             "got strides {:?} for shape {:?}, expected a contiguous tensor",
@@ -79,13 +77,36 @@ pub(crate) fn gelu_backward(x: Input, grad: Input) -> Result<(CudaStorage, Shape
     Ok((dx, shape.clone()))
 }
 
-pub(crate) fn dropout(x: Input, dropout: Dropout) -> Result<(CudaStorage, Shape)> {
+/// `gelu(x)` and the gradient of x.
+pub(crate) fn gelu_and_backward(x: Input, grad: Input) -> Result<(CudaStorage, CudaStorage)> {
+    let (device, dtype, len) = (x.0.device(), x.0.dtype(), x.1.shape().elem_count());
+    let mut y = alloc_storage(device, dtype, len)?;
+    let mut dx = alloc_storage(device, dtype, len)?;
+    launch!(device, || describe("gelu and backward", x.1, dtype), p => ffi::op_gelu_both(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        input(&mut p, grad)?,
+        p.write_storage(&mut y)?,
+        p.write_storage(&mut dx)?,
+        len as i64,
+        p.stream(),
+    ))?;
+    Ok((y, dx))
+}
+
+/// Dropout of x, added to a residual if there is one.
+pub(crate) fn dropout(
+    x: Input,
+    residual: Option<Input>,
+    dropout: Dropout,
+) -> Result<(CudaStorage, Shape)> {
     let shape = x.1.shape();
     let (device, dtype, len) = (x.0.device(), x.0.dtype(), shape.elem_count());
     let mut y = alloc_storage(device, dtype, len)?;
     launch!(device, || describe("dropout", x.1, dtype), p => ffi::op_dropout(
         dtype_code(dtype),
         input(&mut p, x)?,
+        residual.map_or(Ok(std::ptr::null()), |residual| input(&mut p, residual))?,
         p.write_storage(&mut y)?,
         len as i64,
         dropout.p,
@@ -93,105 +114,6 @@ pub(crate) fn dropout(x: Input, dropout: Dropout) -> Result<(CudaStorage, Shape)
         p.stream(),
     ))?;
     Ok((y, shape.clone()))
-}
-
-/// `x weight^T + bias` of x `[rows, inputs]` and weight `[outputs, inputs]`. cuBLAS adds the
-/// product to rows filled with the bias; some of its kernels round the product first.
-pub(crate) fn linear(
-    x: Input,
-    weight: Input,
-    bias: Option<Input>,
-    [rows, inputs, outputs]: [usize; 3],
-) -> Result<CudaStorage> {
-    let (device, dtype) = (x.0.device(), x.0.dtype());
-    let mut y = alloc_storage(device, dtype, rows * outputs)?;
-    if let Some(bias) = bias {
-        launch!(device, || describe("linear's bias", bias.1, dtype), p => ffi::op_fill_rows(
-            dtype_code(dtype),
-            input(&mut p, bias)?,
-            p.write_storage(&mut y)?,
-            rows as i64,
-            outputs as i64,
-            p.stream(),
-        ))?;
-    }
-    if rows == 0 {
-        return Ok(y);
-    }
-    let product = Product {
-        blas: &device.cublas_handle(),
-        sizes: [rows, inputs, outputs],
-        accumulate: bias.is_some(),
-    };
-    let (x_from, weight_from) = (x.1.start_offset(), weight.1.start_offset());
-    use CudaStorageSlice::{BF16, F16, F32};
-    match (&x.0.slice, &weight.0.slice, &mut y.slice) {
-        (F32(x), F32(weight), F32(y)) => product.run(
-            [1.0, 0.0],
-            x.slice(x_from..),
-            weight.slice(weight_from..),
-            y,
-        ),
-        (BF16(x), BF16(weight), BF16(y)) => {
-            let factors = [bf16::ONE, bf16::ZERO];
-            product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
-        }
-        (F16(x), F16(weight), F16(y)) => {
-            let factors = [f16::ONE, f16::ZERO];
-            product.run(factors, x.slice(x_from..), weight.slice(weight_from..), y)
-        }
-        _ => bail!(
-            "linear: got weight of dtype {:?} for x of {dtype:?}",
-            weight.0.dtype()
-        ),
-    }?;
-    Ok(y)
-}
-
-/// `y = x weight^T`, or added to y.
-struct Product<'a> {
-    blas: &'a CudaBlas,
-    sizes: [usize; 3],
-    accumulate: bool,
-}
-
-impl Product<'_> {
-    fn run<T: Copy>(
-        &self,
-        [one, zero]: [T; 2],
-        x: CudaView<T>,
-        weight: CudaView<T>,
-        y: &mut CudaSlice<T>,
-    ) -> Result<()>
-    where
-        CudaBlas: Gemm<T>,
-    {
-        let mut sizes = [0; 3];
-        for (size, &from) in sizes.iter_mut().zip(&self.sizes) {
-            *size = i32::try_from(from).or_else(|_| {
-                bail!(
-                    "linear on CUDA: a size is {from}, more than {}; split the batch",
-                    i32::MAX
-                )
-            })?;
-        }
-        let [rows, inputs, outputs] = sizes;
-        // cuBLAS reads row-major matrices as their transposes: y^T = weight x^T.
-        let config = GemmConfig {
-            transa: CUBLAS_OP_T,
-            transb: CUBLAS_OP_N,
-            m: outputs,
-            n: rows,
-            k: inputs,
-            alpha: one,
-            lda: inputs,
-            ldb: inputs,
-            beta: if self.accumulate { one } else { zero },
-            ldc: outputs,
-        };
-        // SAFETY: the operation checked that the matrices have these sizes.
-        unsafe { self.blas.gemm(config, &weight, &x, y) }.w()
-    }
 }
 
 /// The sum of each column of x `[rows, columns]`.
@@ -300,6 +222,35 @@ pub(crate) fn gather_rows(table: Input, rows: Input) -> Result<(CudaStorage, Sha
         p.stream(),
     ))?;
     Ok((y, (len, width).into()))
+}
+
+/// The sum of one row each of f32 tables; `parts` are row numbers `[len]` and table.
+pub(crate) fn sum_rows(parts: &[(Input, Input)], len: usize, width: usize) -> Result<CudaStorage> {
+    let device = parts[0].1.0.device();
+    let mut y = alloc_storage(device, DType::F32, len * width)?;
+    let what = || describe("embedding_sum", parts[0].1.1, DType::F32);
+    let stream = device.cuda_stream();
+    let mut pointers = Pointers::new(&stream)?;
+    let tables = parts
+        .iter()
+        .map(|(rows, table)| {
+            Ok(OpTable {
+                table: input(&mut pointers, *table)?.cast(),
+                rows: input(&mut pointers, *rows)?.cast(),
+                count: table.1.dims()[0] as i64,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    launch!(device, what, p => ffi::op_sum_rows(
+        tables.as_ptr(),
+        tables.len() as i64,
+        p.write_storage(&mut y)?.cast(),
+        len as i64,
+        width as i64,
+        p.stream(),
+    ))?;
+    drop(pointers);
+    Ok(y)
 }
 
 /// The sum of the rows of a gradient at their numbers, in a table of `count` rows.

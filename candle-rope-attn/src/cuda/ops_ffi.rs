@@ -11,6 +11,14 @@ pub(crate) struct OpTensor {
     pub dtype: i32,
 }
 
+/// A table of `count` rows and the numbers of those to take.
+#[repr(C)]
+pub(crate) struct OpTable {
+    pub table: *const f32,
+    pub rows: *const u32,
+    pub count: i64,
+}
+
 #[repr(C)]
 pub(crate) struct OpAdamWTensor {
     pub parameter: *mut f32,
@@ -33,6 +41,7 @@ pub(crate) struct OpAdamW {
 
 // The same as in the header.
 const _: () = assert!(size_of::<OpTensor>() == 24);
+const _: () = assert!(size_of::<OpTable>() == 24);
 const _: () = assert!(size_of::<OpAdamWTensor>() == 48);
 const _: () = assert!(size_of::<OpAdamW>() == 64);
 
@@ -54,21 +63,31 @@ unsafe extern "C" {
         len: i64,
         stream: *mut c_void,
     ) -> c_int;
+    pub(crate) fn op_gelu_both(
+        dtype: i32,
+        x: *const c_void,
+        grad: *const c_void,
+        y: *mut c_void,
+        dx: *mut c_void,
+        len: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_sum_rows(
+        tables: *const OpTable,
+        count: i64,
+        y: *mut f32,
+        len: i64,
+        width: i64,
+        stream: *mut c_void,
+    ) -> c_int;
     pub(crate) fn op_dropout(
         dtype: i32,
         x: *const c_void,
+        residual: *const c_void,
         y: *mut c_void,
         len: i64,
         p: f32,
         seed: u64,
-        stream: *mut c_void,
-    ) -> c_int;
-    pub(crate) fn op_fill_rows(
-        dtype: i32,
-        bias: *const c_void,
-        y: *mut c_void,
-        rows: i64,
-        columns: i64,
         stream: *mut c_void,
     ) -> c_int;
     pub(crate) fn op_column_sum_partials(rows: i64, columns: i64) -> i64;

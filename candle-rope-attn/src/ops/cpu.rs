@@ -119,6 +119,31 @@ pub(crate) fn map2<T: Element>(a: &[T], b: &[T], f: impl Fn(f32, f32) -> f32 + S
     y
 }
 
+/// Both numbers of `f(a, b)` of every pair of elements.
+pub(crate) fn map2_to_2<T: Element>(
+    a: &[T],
+    b: &[T],
+    f: impl Fn(f32, f32) -> (f32, f32) + Sync,
+) -> (Vec<T>, Vec<T>) {
+    let (mut y, mut z) = (zeros(a.len()), zeros(a.len()));
+    let pairs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+    (y.par_chunks_mut(CHUNK)
+        .zip(z.par_chunks_mut(CHUNK))
+        .zip(pairs))
+    .for_each(|((y, z), (a, b))| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for (((y, z), a), b) in y.iter_mut().zip(z).zip(a).zip(b) {
+                    let (first, second) = f(a.to_f32(), b.to_f32());
+                    (*y, *z) = (T::from_f32(first), T::from_f32(second));
+                }
+            },
+        )
+    });
+    (y, z)
+}
+
 /// Folds the pairs of `a` and `b` by `f` in lanes, which `combine` joins: vectorisable, and in the
 /// same order on every machine.
 #[inline(always)]

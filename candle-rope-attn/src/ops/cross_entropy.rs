@@ -12,6 +12,7 @@ use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element,
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::tape;
 
 /// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
 ///
@@ -38,12 +39,10 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         &[logits.dim(0)?],
         "the rows of logits",
     )?;
-    logits.contiguous()?.apply_op2(
-        &labels.contiguous()?,
-        CrossEntropy {
-            lse: Saved::default(),
-        },
-    )
+    let op = CrossEntropy {
+        lse: Saved::default(),
+    };
+    tape::apply2(op, &logits.contiguous()?, &labels.contiguous()?)
 }
 
 struct CrossEntropy {

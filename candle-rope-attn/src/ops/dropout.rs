@@ -3,15 +3,20 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::bail;
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, WithDType,
+};
 use rayon::prelude::*;
 
-use super::cpu::{CHUNK, values, vectorized, with_element, zeros};
+use super::cpu::{self, CHUNK, values, vectorized, with_element, zeros};
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::operand::{Locked, Operand};
 use crate::philox::DropoutMask;
 use crate::spec::Dropout;
+use crate::tape;
 
 /// Elements whose random words are drawn together.
 const LANES: usize = 64;
@@ -26,19 +31,67 @@ const LANES: usize = 64;
 /// # Errors
 /// When the dtype is another, or p is outside `[0, 1)`.
 pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
-    check_dtype("dropout", x.dtype())?;
-    if !(0.0..1.0).contains(&p) {
-        bail!("dropout: got probability {p}, expected one in [0, 1)")
-    }
+    let dropout = checked(x.dtype(), p, seed)?;
     if p == 0.0 {
         return Ok(x.clone());
     }
-    x.contiguous()?.apply_op1(Drop(Dropout { p, seed }))
+    tape::apply1(Drop(dropout), &x.contiguous()?)
+}
+
+/// `residual + dropout(x)`, of one shape and dtype.
+///
+/// # Errors
+/// As [`dropout`], and when the residual does not fit.
+pub fn dropout_add(x: &Tensor, p: f32, seed: u64, residual: &Tensor) -> Result<Tensor> {
+    super::check_dtype("dropout", "residual", residual, x.dtype())?;
+    super::check_shape("dropout", "residual", residual, x.dims(), "x")?;
+    if !tape::records(&[x, residual]) {
+        return dropout(x, p, seed)? + residual;
+    }
+    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
+    let drop = Drop(checked(x.dtype(), p, seed)?);
+    let sum = drop.add(&x, &residual)?;
+    let y = tape::output(sum, x.shape());
+    tape::push(&y, move |grad, gradients| {
+        gradients.add(&x, grad.contiguous()?.apply_op1_no_bwd(&drop)?)?;
+        gradients.add(&residual, grad)
+    });
+    Ok(y)
+}
+
+fn checked(dtype: DType, p: f32, seed: u64) -> Result<Dropout> {
+    check_dtype("dropout", dtype)?;
+    if !(0.0..1.0).contains(&p) {
+        bail!("dropout: got probability {p}, expected one in [0, 1)")
+    }
+    Ok(Dropout { p, seed })
 }
 
 struct Drop(Dropout);
 
 impl Drop {
+    /// `residual + drop(x)`.
+    fn add(&self, x: &Tensor, residual: &Tensor) -> Result<Storage> {
+        let locked = (Locked::new(x), Locked::new(residual));
+        match (locked.0.operand()?, locked.1.operand()?) {
+            (Operand::Cpu(x, layout), Operand::Cpu(residual, residual_layout)) => {
+                with_element!(x.dtype(), T => {
+                    let dropped = self.apply::<T>(values(x, layout)?);
+                    let residual = values(residual, residual_layout)?;
+                    let sum = cpu::map2(&dropped, residual, |x, residual| x + residual);
+                    Ok(Storage::Cpu(T::to_cpu_storage_owned(sum)))
+                })
+            }
+            #[cfg(feature = "cuda")]
+            (x, residual) => {
+                let sum = cuda::dropout(x.cuda()?, Some(residual.cuda()?), self.0)?;
+                Ok(Storage::Cuda(sum.0))
+            }
+            #[cfg(not(feature = "cuda"))]
+            _ => bail!("dropout: this program was built without CUDA"),
+        }
+    }
+
     fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
         let mask = DropoutMask::new(self.0);
         let mut y = zeros(x.len());
@@ -80,7 +133,7 @@ impl CustomOp1 for Drop {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        cuda::dropout((x, layout), self.0)
+        cuda::dropout((x, layout), None, self.0)
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

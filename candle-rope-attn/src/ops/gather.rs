@@ -3,13 +3,17 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{WithDType, bail};
 use rayon::prelude::*;
 
 use super::cpu::{values, vectorized, with_element, zeros};
+use super::plain;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::operand::Locked;
+use crate::tape;
 
 /// Rows of an embedding table: row `ids[i]` of the table is row i of the result.
 ///
@@ -33,8 +37,103 @@ pub fn gather_rows(x: &Tensor, rows: &Tensor) -> Result<Tensor> {
     gather(x, rows, ["gather_rows", "row", "x"])
 }
 
+/// Tables that an [`embedding_sum`] takes at most.
+pub const MAX_TABLES: usize = 4;
+
+/// The sum of one row each of several tables, as the embeddings of a token add up: row i of the
+/// result is the sum of the rows `ids[i]` of the tables.
+///
+/// `parts` are up to [`MAX_TABLES`] pairs of ids and table, as of [`embedding`]; the tables are f32
+/// of one width, and there are as many ids for each.
+///
+/// # Errors
+/// As [`embedding`], and when there is no part or too many, or they do not fit together.
+pub fn embedding_sum(parts: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
+    let op = "embedding_sum";
+    let Some((first_ids, first_table)) = parts.first().filter(|_| parts.len() <= MAX_TABLES) else {
+        bail!(
+            "{op}: got {} tables, expected 1 to {MAX_TABLES}",
+            parts.len()
+        )
+    };
+    for (ids, table) in parts {
+        check(table, ids, [op, "id", "table"])?;
+        let expected = [table.dim(0)?, first_table.dim(D::Minus1)?];
+        super::check_dtype(op, "a table", table, DType::F32)?;
+        super::check_shape(op, "a table", table, &expected, "the first one")?;
+        super::check_shape(op, "ids", ids, first_ids.dims(), "the first ones")?;
+    }
+    let tables: Vec<_> = parts.iter().map(|(_, table)| *table).collect();
+    let records = tape::records(&tables);
+    if !records && tables.iter().any(|table| table.track_op()) {
+        let first = embedding(first_ids, first_table);
+        let mut others = parts[1..].iter();
+        return others.try_fold(first?, |sum, (ids, table)| sum + embedding(ids, table)?);
+    }
+    let parts = parts
+        .iter()
+        .map(|(ids, table)| Ok((ids.contiguous()?, table.contiguous()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let shape = (first_ids.elem_count(), first_table.dim(1)?);
+    let y = sum_rows(&parts, shape)?;
+    if !records {
+        return Ok(plain(y, shape));
+    }
+    let y = tape::output(y, shape);
+    tape::push(&y, move |grad, gradients| {
+        let grad = grad.contiguous()?;
+        for (ids, table) in parts.iter().filter(|(_, table)| table.track_op()) {
+            let count = table.dim(0)?;
+            let d_table = grad.apply_op2_no_bwd(ids, &ScatterRows { count })?;
+            gradients.add(table, d_table)?;
+        }
+        Ok(())
+    });
+    Ok(y)
+}
+
+/// See [`embedding_sum`]; `parts` are contiguous.
+fn sum_rows(parts: &[(Tensor, Tensor)], (len, width): (usize, usize)) -> Result<Storage> {
+    let locked: Vec<_> = parts
+        .iter()
+        .map(|(ids, table)| (Locked::new(ids), Locked::new(table)))
+        .collect();
+    #[cfg(feature = "cuda")]
+    if parts[0].1.device().is_cuda() {
+        let parts = locked
+            .iter()
+            .map(|(ids, table)| Ok((ids.operand()?.cuda()?, table.operand()?.cuda()?)))
+            .collect::<Result<Vec<_>>>()?;
+        return cuda::sum_rows(&parts, len, width).map(Storage::Cuda);
+    }
+    let mut y = vec![0f32; len * width];
+    for (ids, table) in &locked {
+        let (table, layout) = table.operand()?.cpu()?;
+        let (ids, ids_layout) = ids.operand()?.cpu()?;
+        let ids = row_numbers(
+            ids,
+            ids_layout,
+            layout.dims()[0],
+            ["embedding_sum", "id", "table"],
+        )?;
+        let table = values::<f32>(table, layout)?;
+        let rows = y.par_chunks_mut(width).zip(ids).with_min_len(64);
+        rows.for_each(|(y, id)| {
+            let row = &table[*id as usize * width..][..width];
+            y.iter_mut().zip(row).for_each(|(y, x)| *y += x);
+        });
+    }
+    Ok(Storage::Cpu(CpuStorage::F32(y)))
+}
+
 fn gather(table: &Tensor, rows: &Tensor, names: [&'static str; 3]) -> Result<Tensor> {
-    let [op, row, name] = names;
+    check(table, rows, names)?;
+    let op = GatherRows { names };
+    tape::apply2(op, &table.contiguous()?, &rows.contiguous()?)
+}
+
+/// `names` are those of the operation, a row number and the table.
+fn check(table: &Tensor, rows: &Tensor, [op, row, name]: [&str; 3]) -> Result<()> {
     check_dtype(op, table.dtype())?;
     super::check_dtype(op, &format!("{row}s"), rows, DType::U32)?;
     if table.rank() != 2 || table.dims()[1] == 0 {
@@ -49,9 +148,24 @@ fn gather(table: &Tensor, rows: &Tensor, names: [&'static str; 3]) -> Result<Ten
             rows.dims()
         )
     }
-    table
-        .contiguous()?
-        .apply_op2(&rows.contiguous()?, GatherRows { names })
+    Ok(())
+}
+
+/// Row numbers, all below `count`.
+fn row_numbers<'a>(
+    rows: &'a CpuStorage,
+    layout: &Layout,
+    count: usize,
+    [op, row, name]: [&str; 3],
+) -> Result<&'a [u32]> {
+    let rows = values::<u32>(rows, layout)?;
+    if let Some(at) = rows.iter().position(|row| *row as usize >= count) {
+        bail!(
+            "{op}: got {row} {} at position {at}, but {name} has {count} rows",
+            rows[at]
+        )
+    }
+    Ok(rows)
 }
 
 struct GatherRows {
@@ -72,14 +186,7 @@ impl CustomOp2 for GatherRows {
         rows_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (count, width) = table_layout.shape().dims2()?;
-        let rows = values::<u32>(rows, rows_layout)?;
-        if let Some(at) = rows.iter().position(|row| *row as usize >= count) {
-            let [op, row, name] = self.names;
-            bail!(
-                "{op}: got {row} {} at position {at}, but {name} has {count} rows",
-                rows[at]
-            )
-        }
+        let rows = row_numbers(rows, rows_layout, count, self.names)?;
         let y = with_element!(table.dtype(), T => {
             let table = values::<T>(table, table_layout)?;
             let mut y = zeros(rows.len() * width);

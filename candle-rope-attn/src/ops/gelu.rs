@@ -2,13 +2,17 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::WithDType;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor};
 
 use super::cpu::{self, values, with_element};
+use super::plain;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
+use crate::operand::{Locked, Operand};
+use crate::tape;
 
 /// `x * Phi(x)` of every element, where `Phi` is the normal distribution function; `gelu` of
 /// transformers' configurations. f32, bf16 or f16, any shape.
@@ -17,7 +21,7 @@ use crate::element::check_dtype;
 /// When the dtype is another.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     check_dtype("gelu", x.dtype())?;
-    x.contiguous()?.apply_op1(Gelu)
+    tape::apply1(Gelu, &x.contiguous()?)
 }
 
 struct Gelu;
@@ -81,6 +85,35 @@ impl CustomOp2 for GeluBackward {
     ) -> Result<(CudaStorage, Shape)> {
         cuda::gelu_backward((x, x_layout), (grad, grad_layout))
     }
+}
+
+/// `gelu(x)` and the gradient of x, outside of any graph, from contiguous tensors of one shape.
+pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
+    let locked = (Locked::new(x), Locked::new(grad));
+    let (y, dx) = match (locked.0.operand()?, locked.1.operand()?) {
+        (Operand::Cpu(storage, layout), Operand::Cpu(grad, grad_layout)) => {
+            with_element!(x.dtype(), T => {
+                let (x, grad) = (values::<T>(storage, layout)?, values::<T>(grad, grad_layout)?);
+                let (y, dx) = cpu::map2_to_2(x, grad, |x, grad| {
+                    let normal = Normal::at(x);
+                    (x * normal.cdf, grad * (normal.cdf + x * normal.pdf))
+                });
+                let on_cpu = |values| Storage::Cpu(T::to_cpu_storage_owned(values));
+                (on_cpu(y), on_cpu(dx))
+            })
+        }
+        #[cfg(feature = "cuda")]
+        (x, grad) => {
+            let (y, dx) = cuda::gelu_and_backward(x.cuda()?, grad.cuda()?)?;
+            (Storage::Cuda(y), Storage::Cuda(dx))
+        }
+        #[cfg(not(feature = "cuda"))]
+        (x, grad) => {
+            (x.cpu()?, grad.cpu()?);
+            candle_core::bail!("gelu: this program was built without CUDA")
+        }
+    };
+    Ok((plain(y, x.shape()), plain(dx, x.shape())))
 }
 
 /// The standard normal distribution at one point.

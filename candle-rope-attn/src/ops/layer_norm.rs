@@ -12,6 +12,7 @@ use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::tape;
 
 /// Rows that one task takes.
 const ROWS: usize = 32;
@@ -41,8 +42,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         eps: eps as f32,
         stats: Saved::default(),
     };
-    x.contiguous()?
-        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
+    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+    tape::apply3(op, &x.contiguous()?, &weight, &bias)
 }
 
 struct LayerNorm {

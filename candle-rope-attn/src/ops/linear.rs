@@ -2,15 +2,18 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape};
-use candle_core::{Tensor, bail};
-use gemm::Parallelism;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout};
+use candle_core::{Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{sum_vectors, values, vectorized};
+use super::product::{Matrix, Product, product, rows_and_columns};
+use super::{cast, gelu, gelu_and_backward, plain};
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
+use crate::operand::{Locked, Operand};
+use crate::tape::{self, Gradients};
 
 /// Rows that one task of a column sum takes.
 const ROWS: usize = 128;
@@ -24,105 +27,224 @@ const ROWS: usize = 128;
 /// # Errors
 /// When a dtype or shape is another.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let op = "linear";
-    check_dtype(op, x.dtype())?;
-    super::check_dtype(op, "weight", weight, x.dtype())?;
-    let inputs = x.dim(D::Minus1)?;
-    let outputs = weight.dim(0)?;
-    super::check_shape(
-        op,
-        "weight",
-        weight,
-        &[outputs, inputs],
-        "the last axis of x",
-    )?;
-    if inputs == 0 || outputs == 0 {
-        bail!(
-            "{op}: got weight of shape {:?}, expected no empty axis",
-            weight.dims()
-        )
+    Linear::new(x, weight, bias, None)?.forward(false)
+}
+
+/// As [`linear`], with the result added to `residual` `[.., out]` before it is rounded.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_add(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: &Tensor,
+) -> Result<Tensor> {
+    Linear::new(x, weight, bias, Some(residual))?.forward(false)
+}
+
+/// As [`linear_add`], of [`gelu`] of x: the second half of a transformer's MLP. The activations are
+/// not kept for the backward pass, but computed again.
+///
+/// # Errors
+/// As [`linear`].
+pub fn gelu_linear_add(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: &Tensor,
+) -> Result<Tensor> {
+    Linear::new(x, weight, bias, Some(residual))?.forward(true)
+}
+
+/// The contiguous tensors of one call.
+struct Linear {
+    x: Tensor,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    residual: Option<Tensor>,
+}
+
+impl Linear {
+    fn new(
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> Result<Self> {
+        let op = "linear";
+        check_dtype(op, x.dtype())?;
+        super::check_dtype(op, "weight", weight, x.dtype())?;
+        let inputs = x.dim(D::Minus1)?;
+        let outputs = weight.dim(0)?;
+        let expected = [outputs, inputs];
+        super::check_shape(op, "weight", weight, &expected, "the last axis of x")?;
+        if inputs == 0 || outputs == 0 {
+            bail!(
+                "{op}: got weight of shape {:?}, expected no empty axis",
+                weight.dims()
+            )
+        }
+        if let Some(bias) = bias {
+            super::check_dtype(op, "bias", bias, x.dtype())?;
+            super::check_shape(op, "bias", bias, &[outputs], "the rows of weight")?;
+        }
+        if let Some(residual) = residual {
+            super::check_dtype(op, "residual", residual, x.dtype())?;
+            let expected = output_shape(x.dims(), outputs);
+            super::check_shape(op, "residual", residual, expected.dims(), "the result")?;
+        }
+        Ok(Self {
+            x: x.contiguous()?,
+            weight: weight.contiguous()?,
+            bias: bias.map(Tensor::contiguous).transpose()?,
+            residual: residual.map(Tensor::contiguous).transpose()?,
+        })
     }
-    if let Some(bias) = bias {
-        super::check_dtype(op, "bias", bias, x.dtype())?;
-        super::check_shape(op, "bias", bias, &[outputs], "the rows of weight")?;
+
+    fn inputs(&self) -> impl Iterator<Item = &Tensor> {
+        let optional = self.bias.iter().chain(&self.residual);
+        [&self.x, &self.weight].into_iter().chain(optional)
     }
-    if x.device().is_cpu() && x.dtype() != DType::F32 {
-        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
-        let (x32, weight) = (x.to_dtype(DType::F32)?, weight.to_dtype(DType::F32)?);
-        return linear(&x32, &weight, bias.as_ref())?.to_dtype(x.dtype());
+
+    fn forward(self, activate: bool) -> Result<Tensor> {
+        let dtype = self.x.dtype();
+        if self.x.device().is_cpu() && dtype != DType::F32 {
+            return cast(&self.in_f32()?.forward(activate)?, dtype);
+        }
+        let records = tape::records(&self.inputs().collect::<Vec<_>>());
+        if !records && self.inputs().any(Tensor::track_op) {
+            return self.in_graph(activate);
+        }
+        let y = self.compute(activate)?;
+        let shape = output_shape(self.x.dims(), self.weight.dim(0)?);
+        if !records {
+            return Ok(plain(y, shape));
+        }
+        let y = tape::output(y, shape);
+        tape::push(&y, move |grad, gradients| {
+            self.backward(activate, grad, gradients)
+        });
+        Ok(y)
     }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    match bias {
-        None => x.apply_op2(&weight, Linear),
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Linear),
+
+    fn in_f32(&self) -> Result<Self> {
+        let convert = |x: &Tensor| cast(x, DType::F32);
+        Ok(Self {
+            x: convert(&self.x)?,
+            weight: convert(&self.weight)?,
+            bias: self.bias.as_ref().map(convert).transpose()?,
+            residual: self.residual.as_ref().map(convert).transpose()?,
+        })
+    }
+
+    /// In Candle's graph, where an operation has three inputs at most.
+    fn in_graph(&self, activate: bool) -> Result<Tensor> {
+        let x = match activate {
+            true => gelu(&self.x)?,
+            false => self.x.clone(),
+        };
+        let y = match &self.bias {
+            Some(bias) => x.apply_op3(&self.weight, bias, GraphOp),
+            None => x.apply_op2(&self.weight, GraphOp),
+        }?;
+        match &self.residual {
+            Some(residual) => y + residual,
+            None => Ok(y),
+        }
+    }
+
+    fn compute(&self, activate: bool) -> Result<Storage> {
+        let x = match activate {
+            true => &gelu(&self.x.detach())?,
+            false => &self.x,
+        };
+        let locked = (Locked::new(x), Locked::new(&self.weight));
+        let bias = self.bias.as_ref().map(Locked::new);
+        let residual = self.residual.as_ref().map(Locked::new);
+        let bias = bias.as_ref().map(Locked::operand).transpose()?;
+        let residual = residual.as_ref().map(Locked::operand).transpose()?;
+        dense(locked.0.operand()?, locked.1.operand()?, bias, residual)
+    }
+
+    fn backward(self, activate: bool, grad: Tensor, gradients: &mut Gradients) -> Result<()> {
+        let (rows, inputs) = rows_and_columns(self.x.dims());
+        let outputs = self.weight.dim(0)?;
+        let (weight, x) = (self.weight.detach(), self.x.detach());
+        let grad = grad.contiguous()?.reshape((rows, outputs))?;
+        if let Some(residual) = &self.residual {
+            gradients.add(residual, grad.reshape(residual.shape())?)?;
+        }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            gradients.add(bias, grad.apply_op1_no_bwd(&ColumnSum)?)?;
+        }
+        let mut input = x.clone();
+        if activate {
+            let d_activated = product([&grad, &weight], [false, false], None, x.dtype())?;
+            let (activated, dx) = gelu_and_backward(&x, &d_activated.reshape(x.shape())?)?;
+            input = activated;
+            gradients.add(&self.x, dx)?;
+        } else if self.x.track_op() {
+            let before = gradients.remove(&self.x);
+            let dx = product([&grad, &weight], [false, false], before.as_ref(), x.dtype())?;
+            gradients.put(&self.x, dx.reshape(x.shape())?);
+        }
+        if self.weight.track_op() {
+            let input = input.reshape((rows, inputs))?;
+            let before = gradients.remove(&self.weight);
+            let dw = product([&grad, &input], [true, false], before.as_ref(), DType::F32)?;
+            gradients.put(&self.weight, dw);
+        }
+        Ok(())
     }
 }
 
-struct Linear;
-
-impl Linear {
-    /// `c += x weight^T`, where c is `[rows, out]`.
-    fn add_product(x: &[f32], weight: &[f32], c: &mut [f32], [rows, inputs, outputs]: [usize; 3]) {
-        assert_eq!(
-            [x.len(), weight.len(), c.len()],
-            [rows * inputs, outputs * inputs, rows * outputs]
-        );
-        // SAFETY: the strides are those of contiguous row-major matrices (weight's transposed) of
-        // the lengths just asserted.
-        unsafe {
-            gemm::gemm(
-                rows,
-                outputs,
-                inputs,
-                c.as_mut_ptr(),
-                1,
-                outputs as isize,
-                true,
-                x.as_ptr(),
-                1,
-                inputs as isize,
-                weight.as_ptr(),
-                inputs as isize,
-                1,
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                Parallelism::Rayon(0),
-            );
-        }
+/// `x weight^T + bias + residual`.
+fn dense(
+    x: Operand,
+    weight: Operand,
+    bias: Option<Operand>,
+    residual: Option<Operand>,
+) -> Result<Storage> {
+    let matrix = |operand, transposed| Matrix {
+        operand,
+        transposed,
+    };
+    Product {
+        left: matrix(x, false),
+        right: matrix(weight, true),
+        bias,
+        add: residual,
+        dtype: x.dtype(),
     }
+    .compute()
+}
 
-    fn cpu_forward(
-        x: (&CpuStorage, &Layout),
-        weight: (&CpuStorage, &Layout),
-        bias: Option<(&CpuStorage, &Layout)>,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (outputs, inputs) = weight.1.shape().dims2()?;
-        let shape = output_shape(x.1, outputs);
-        let mut y = vec![0.0; shape.elem_count()];
-        if let Some((bias, layout)) = bias {
-            let bias = values(bias, layout)?;
-            y.par_chunks_mut(outputs)
-                .with_min_len(ROWS)
-                .for_each(|row| row.copy_from_slice(bias));
+fn output_shape(x: &[usize], outputs: usize) -> Shape {
+    let mut dims = x.to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = outputs;
+    }
+    dims.into()
+}
+
+/// [`linear`] in Candle's graph.
+struct GraphOp;
+
+impl GraphOp {
+    fn cpu(x: Operand, weight: Operand, bias: Option<Operand>) -> Result<(CpuStorage, Shape)> {
+        match dense(x, weight, bias, None)? {
+            Storage::Cpu(y) => Ok((y, shape(x, weight))),
+            y => bail!("linear: got a result on {:?}", y.device().location()),
         }
-        let rows = rows(x.1);
-        let (x, weight) = (values(x.0, x.1)?, values(weight.0, weight.1)?);
-        Self::add_product(x, weight, &mut y, [rows, inputs, outputs]);
-        Ok((CpuStorage::F32(y), shape))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_forward(
-        x: cuda::Input,
-        weight: cuda::Input,
-        bias: Option<cuda::Input>,
-    ) -> Result<(CudaStorage, Shape)> {
-        let (outputs, inputs) = weight.1.shape().dims2()?;
-        let y = cuda::linear(x, weight, bias, [rows(x.1), inputs, outputs])?;
-        Ok((y, output_shape(x.1, outputs)))
+    fn cuda(x: Operand, weight: Operand, bias: Option<Operand>) -> Result<(CudaStorage, Shape)> {
+        match dense(x, weight, bias, None)? {
+            Storage::Cuda(y) => Ok((y, shape(x, weight))),
+            y => bail!("linear: got a result on {:?}", y.device().location()),
+        }
     }
 
     /// The gradients of x and weight.
@@ -131,35 +253,31 @@ impl Linear {
         weight: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (outputs, inputs) = weight.dims2()?;
-        let rows = rows(x.layout());
-        let grad = grad.contiguous()?.reshape((rows, outputs))?;
+        let (rows, inputs) = rows_and_columns(x.dims());
+        let grad = grad.contiguous()?.reshape((rows, weight.dim(0)?))?;
         let dx = match x.track_op() {
-            true => Some(grad.matmul(&weight.detach())?.reshape(x.shape())?),
+            true => {
+                let dx = product([&grad, weight], [false, false], None, x.dtype())?;
+                Some(dx.reshape(x.shape())?)
+            }
             false => None,
         };
         let d_weight = match weight.track_op() {
-            true => Some(grad.t()?.matmul(&x.detach().reshape((rows, inputs))?)?),
+            true => {
+                let x = x.detach().reshape((rows, inputs))?;
+                Some(product([&grad, &x], [true, false], None, weight.dtype())?)
+            }
             false => None,
         };
         Ok((dx, d_weight))
     }
 }
 
-/// Product of all axes but the last.
-fn rows(x: &Layout) -> usize {
-    x.dims()[..x.dims().len() - 1].iter().product()
+fn shape(x: Operand, weight: Operand) -> Shape {
+    output_shape(x.layout().dims(), weight.layout().dims()[0])
 }
 
-fn output_shape(x: &Layout, outputs: usize) -> Shape {
-    let mut dims = x.dims().to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = outputs;
-    }
-    dims.into()
-}
-
-impl CustomOp2 for Linear {
+impl CustomOp2 for GraphOp {
     fn name(&self) -> &'static str {
         "linear"
     }
@@ -171,7 +289,11 @@ impl CustomOp2 for Linear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::cpu_forward((x, x_layout), (weight, weight_layout), None)
+        let (x, weight) = (
+            Operand::Cpu(x, x_layout),
+            Operand::Cpu(weight, weight_layout),
+        );
+        Self::cpu(x, weight, None)
     }
 
     #[cfg(feature = "cuda")]
@@ -182,7 +304,11 @@ impl CustomOp2 for Linear {
         weight: &CudaStorage,
         weight_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        Self::cuda_forward((x, x_layout), (weight, weight_layout), None)
+        let (x, weight) = (
+            Operand::Cuda(x, x_layout),
+            Operand::Cuda(weight, weight_layout),
+        );
+        Self::cuda(x, weight, None)
     }
 
     fn bwd(
@@ -196,7 +322,7 @@ impl CustomOp2 for Linear {
     }
 }
 
-impl CustomOp3 for Linear {
+impl CustomOp3 for GraphOp {
     fn name(&self) -> &'static str {
         "linear"
     }
@@ -210,8 +336,11 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
-        Self::cpu_forward((x, x_layout), weight, Some(bias))
+        let (x, weight) = (
+            Operand::Cpu(x, x_layout),
+            Operand::Cpu(weight, weight_layout),
+        );
+        Self::cpu(x, weight, Some(Operand::Cpu(bias, bias_layout)))
     }
 
     #[cfg(feature = "cuda")]
@@ -224,8 +353,11 @@ impl CustomOp3 for Linear {
         bias: &CudaStorage,
         bias_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
-        Self::cuda_forward((x, x_layout), weight, Some(bias))
+        let (x, weight) = (
+            Operand::Cuda(x, x_layout),
+            Operand::Cuda(weight, weight_layout),
+        );
+        Self::cuda(x, weight, Some(Operand::Cuda(bias, bias_layout)))
     }
 
     fn bwd(
@@ -279,7 +411,7 @@ impl CustomOp1 for ColumnSum {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let columns = layout.dim(D::Minus1)?;
-        let sums = cuda::column_sum((x, layout), rows(layout), columns)?;
+        let sums = cuda::column_sum((x, layout), rows_and_columns(layout.dims()).0, columns)?;
         Ok((sums, columns.into()))
     }
 }

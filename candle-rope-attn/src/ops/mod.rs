@@ -4,6 +4,7 @@
 //! only what that needs. Results on the CPU are the same bits on any number of threads.
 
 mod adamw;
+mod cast;
 pub(crate) mod cpu;
 mod cross_entropy;
 mod dropout;
@@ -12,21 +13,32 @@ mod gelu;
 mod global_norm;
 mod layer_norm;
 mod linear;
+pub(crate) mod product;
 mod rope;
 
 use std::sync::OnceLock;
 
-use candle_core::{Context, DType, Device, Result, Tensor, bail};
+use candle_core::op::BackpropOp;
+use candle_core::{Context, DType, Device, Result, Shape, Storage, Tensor, bail};
 
 pub use adamw::{AdamW, AdamWState, Parameter};
+pub use cast::cast;
 pub use cross_entropy::cross_entropy;
-pub use dropout::dropout;
-pub use gather::{embedding, gather_rows};
+pub use dropout::{dropout, dropout_add};
+pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;
 pub use global_norm::global_norm;
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{gelu_linear_add, linear, linear_add};
 pub use rope::rope;
+
+pub use crate::tape::{Gradients, Tape};
+use gelu::gelu_and_backward;
+
+/// A contiguous tensor outside of any graph.
+fn plain(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
 
 /// Checks the dtype of a tensor.
 fn check_dtype(op: &str, name: &str, tensor: &Tensor, expected: DType) -> Result<()> {

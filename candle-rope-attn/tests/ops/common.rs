@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_rope_attn::ops::{Gradients, Tape};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -132,18 +133,23 @@ pub fn compare_with(
             .collect::<Result<Vec<_>>>()?;
         let y = op(&tensors)?;
         let grad = tensor(&random(y.elem_count(), 99), y.dims(), y.dtype(), device)?;
-        let grads = (&y * &grad)?.sum_all()?.backward()?;
+        let in_graph = (&y * &grad)?.sum_all()?.backward()?;
+        let mut on_tape = Gradients::default();
+        let (loss, tape) = Tape::record(|| (op(&tensors)? * &grad)?.sum_all())?;
+        tape.backward(&loss, 1.0, &mut on_tape)?;
 
         let rounded = tensors.iter().map(values).collect::<Result<Vec<_>>>()?;
         let (expected, expected_grads) = reference(&rounded, &values(&grad)?);
         assert_close_with(&format!("{name} result"), &y, &expected, addend)?;
         for (i, (var, expected)) in vars.iter().zip(&expected_grads).enumerate() {
             let name = format!("{name} gradient {i}");
-            let grad = grads
-                .get(var)
-                .with_context(|| format!("{name} is missing"))?;
-            ensure!(!grad.track_op(), "{name} keeps a graph");
-            assert_close(&name, &grad.narrow(0, offset, expected.len())?, expected)?;
+            let grads = [in_graph.get(var).cloned(), on_tape.remove(var)];
+            for (grad, place) in grads.into_iter().zip(["", " on the tape"]) {
+                let name = format!("{name}{place}");
+                let grad = grad.with_context(|| format!("{name} is missing"))?;
+                ensure!(!grad.track_op(), "{name} keeps a graph");
+                assert_close(&name, &grad.narrow(0, offset, expected.len())?, expected)?;
+            }
         }
     }
     Ok(())

@@ -1,10 +1,15 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::dropout;
+use candle_rope_attn::ops::{dropout, dropout_add};
 
 use crate::common::{DTYPES, Input, Reference, compare, device_tests};
 
-device_tests!(drops_as_documented, seeds_and_rates, no_dropout);
+device_tests!(
+    drops_as_documented,
+    adds_to_a_residual,
+    seeds_and_rates,
+    no_dropout
+);
 
 /// Philox4x32-10 from its paper, as plainly as possible.
 fn philox(counter: [u32; 4], seed: u64) -> [u32; 4] {
@@ -53,6 +58,27 @@ fn drops_as_documented(device: &Device) -> Result<()> {
                 reference,
             )?;
         }
+    }
+    Ok(())
+}
+
+fn adds_to_a_residual(device: &Device) -> Result<()> {
+    let (p, seed) = (0.25, 77);
+    for len in [7, 16 * 1024 + 9] {
+        let inputs = [1, 2].map(|seed| Input::random(&[len], DType::F32, seed));
+        let masked = |(i, x): (usize, &f64)| x * factor(i, p, seed);
+        compare(
+            &format!("dropout_add of {len}"),
+            device,
+            &inputs,
+            |x| dropout_add(&x[0], p, seed, &x[1]),
+            |inputs, grad| {
+                let dropped = inputs[0].iter().enumerate().map(masked);
+                let sum = dropped.zip(&inputs[1]).map(|(x, residual)| x + residual);
+                let d_x = grad.iter().enumerate().map(masked).collect();
+                (sum.collect(), vec![d_x, grad.to_vec()])
+            },
+        )?;
     }
     Ok(())
 }

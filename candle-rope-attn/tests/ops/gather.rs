@@ -1,6 +1,6 @@
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
-use candle_rope_attn::ops::{embedding, gather_rows};
+use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::ops::{embedding, embedding_sum, gather_rows};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
@@ -11,7 +11,8 @@ device_tests!(
     rows_out_of_range,
     matches_reference,
     many_uses_of_one_row,
-    embedding_is_the_same
+    embedding_is_the_same,
+    sums_rows_of_tables
 );
 
 fn reference(inputs: &[Vec<f64>], grad: &[f64], rows: &[u32], width: usize) -> Reference {
@@ -50,6 +51,35 @@ fn check(device: &Device, count: usize, width: usize, rows: &[u32]) -> Result<()
             &[Input::random(&[count, width], dtype, 1)],
             |x| gather_rows(&x[0], &indices),
             |inputs, grad| reference(inputs, grad, rows, width),
+        )?;
+    }
+    Ok(())
+}
+
+fn sums_rows_of_tables(device: &Device) -> Result<()> {
+    for width in [1, 5, 768] {
+        let counts = [70usize, 1, 9];
+        let ids = counts.map(|count| random_indices(300, count as u32, count as u64));
+        let tensors = ids
+            .iter()
+            .map(|ids| Tensor::new(&ids[..], device))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let inputs = counts.map(|count| Input::random(&[count, width], DType::F32, count as u64));
+        compare(
+            &format!("embedding_sum of width {width}"),
+            device,
+            &inputs,
+            |tables| embedding_sum(&tensors.iter().zip(tables).collect::<Vec<_>>()),
+            |inputs, grad| {
+                let mut sum = vec![0.0; 300 * width];
+                let mut grads = Vec::new();
+                for (table, ids) in inputs.iter().zip(&ids) {
+                    let (y, d_table) = reference(std::slice::from_ref(table), grad, ids, width);
+                    sum.iter_mut().zip(y).for_each(|(sum, y)| *sum += y);
+                    grads.extend(d_table);
+                }
+                (sum, grads)
+            },
         )?;
     }
     Ok(())

@@ -1,14 +1,17 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::linear;
+use candle_rope_attn::ops::{gelu_linear_add, linear, linear_add};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, compare_with, device_tests, random, values,
 };
+use crate::gelu;
 
 device_tests!(
     matches_reference,
     without_bias,
+    adds_to_a_residual,
+    activates_first,
     frozen_arguments_get_no_gradient
 );
 
@@ -77,6 +80,55 @@ fn matches_reference(device: &Device) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn residual_inputs(dtype: DType) -> [Input; 4] {
+    [
+        Input::random(&[2, 9, 40], dtype, 1),
+        Input::random(&[24, 40], dtype, 2),
+        Input::random(&[24], dtype, 3),
+        Input::random(&[2, 9, 24], dtype, 4),
+    ]
+}
+
+/// As [`reference`], with a residual as the last input.
+fn residual_reference(inputs: &[Vec<f64>], grad: &[f64], features: usize) -> Reference {
+    let (mut y, mut grads) = reference(&inputs[..3], grad, features);
+    y.iter_mut().zip(&inputs[3]).for_each(|(y, x)| *y += x);
+    grads.push(grad.to_vec());
+    (y, grads)
+}
+
+fn adds_to_a_residual(device: &Device) -> Result<()> {
+    for dtype in DTYPES {
+        // In the graph the product is rounded before it is added.
+        compare_with(
+            "linear_add",
+            device,
+            &residual_inputs(dtype),
+            4.0,
+            |x| linear_add(&x[0], &x[1], Some(&x[2]), &x[3]),
+            |inputs, grad| residual_reference(inputs, grad, 40),
+        )?;
+    }
+    Ok(())
+}
+
+/// In f32, where no rounding comes between.
+fn activates_first(device: &Device) -> Result<()> {
+    compare(
+        "gelu_linear_add",
+        device,
+        &residual_inputs(DType::F32),
+        |x| gelu_linear_add(&x[0], &x[1], Some(&x[2]), &x[3]),
+        |inputs, grad| {
+            let mut activated = inputs.to_vec();
+            activated[0] = gelu::reference(&inputs[..1], &[]).0;
+            let (y, mut grads) = residual_reference(&activated, grad, 40);
+            grads[0] = gelu::reference(&inputs[..1], &grads[0]).1.remove(0);
+            (y, grads)
+        },
+    )
 }
 
 fn without_bias(device: &Device) -> Result<()> {

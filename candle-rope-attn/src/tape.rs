@@ -1,0 +1,295 @@
+//! Gradients for a training step: a tape beside Candle's own graph.
+//!
+//! Candle's backward pass fills each gradient with zeros, adds to it, and keeps every intermediate
+//! result until the loss is dropped. On a tape a first gradient is moved, later ones are added by
+//! the matrix product that computes them where there is one, those of weights are f32 whatever the
+//! dtype of the activations, and what an operation kept is freed once it has been used.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
+    Storage, StorageRef, Tensor, TensorId, bail,
+};
+
+/// What an operation does with the gradient of its output.
+type Backward = Box<dyn FnOnce(Tensor, &mut Gradients) -> Result<()>>;
+
+struct Node {
+    output: TensorId,
+    backward: Backward,
+}
+
+thread_local! {
+    /// Where the operations of this thread are recorded.
+    static RECORDING: RefCell<Option<Tape>> = const { RefCell::new(None) };
+}
+
+/// The differentiable operations of this crate that a function ran, for its backward pass.
+///
+/// Candle's operations may come between: a stretch of them counts as one operation, which Candle
+/// differentiates. That is correct, but slow.
+///
+/// ```
+/// use candle_core::{Device, Result, Var};
+/// use candle_rope_attn::ops::{Gradients, Tape, gelu, linear};
+///
+/// # fn main() -> Result<()> {
+/// let weight = Var::randn(0f32, 1f32, (4, 8), &Device::Cpu)?;
+/// let x = Var::randn(0f32, 1f32, (3, 8), &Device::Cpu)?;
+/// let (loss, tape) = Tape::record(|| gelu(&linear(&x, &weight, None)?)?.sum_all())?;
+/// let mut gradients = Gradients::default();
+/// tape.backward(&loss, 1.0, &mut gradients)?;
+/// assert_eq!(gradients.remove(&weight).map(|g| g.dims().to_vec()), Some(vec![4, 8]));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Default)]
+pub struct Tape {
+    nodes: Vec<Node>,
+    /// Results of Candle's operations that have a node already.
+    adopted: HashSet<TensorId>,
+}
+
+impl Tape {
+    /// Runs `f` and records its operations on tensors that lead to variables.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn record<T, E>(
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<(T, Self), E> {
+        /// Puts the tape back that was recording before, also when `f` panics.
+        struct Outer(Option<Tape>);
+        impl Drop for Outer {
+            fn drop(&mut self) {
+                RECORDING.set(self.0.take());
+            }
+        }
+        let _outer = Outer(RECORDING.replace(Some(Self::default())));
+        let result = f()?;
+        let tape = RECORDING.take().unwrap_or_default();
+        Ok((result, tape))
+    }
+
+    /// Adds the gradients of `scale * loss`, a scalar of the recorded function, to `gradients`:
+    /// those of several tapes add up there.
+    ///
+    /// # Errors
+    /// When memory runs out, or the loss does not come from the recorded function.
+    pub fn backward(mut self, loss: &Tensor, scale: f64, gradients: &mut Gradients) -> Result<()> {
+        if loss.rank() != 0 {
+            bail!(
+                "backward: got a loss of shape {:?}, expected a scalar",
+                loss.dims()
+            )
+        }
+        self.adopt(loss);
+        if self.nodes.is_empty() {
+            bail!("backward: the loss does not come from the recorded function")
+        }
+        gradients.put(loss, (loss.ones_like()?.detach() * scale)?);
+        while let Some(Node { output, backward }) = self.nodes.pop() {
+            if let Some(grad) = gradients.0.remove(&output) {
+                backward(grad, gradients)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes one node of the operations of Candle that lead to x, if there are any.
+    fn adopt(&mut self, x: &Tensor) {
+        if x.is_variable() || !x.track_op() || !self.adopted.insert(x.id()) {
+            return;
+        }
+        let output = x.clone();
+        let backward: Backward = Box::new(move |grad, gradients| {
+            let grad = grad.to_dtype(output.dtype())?;
+            let found = (&output * grad)?.sum_all()?.backward()?;
+            for id in found.get_ids() {
+                if let Some(grad) = found.get_id(*id) {
+                    gradients.add_id(*id, grad.detach())?;
+                }
+            }
+            Ok(())
+        });
+        let output = x.id();
+        self.nodes.push(Node { output, backward });
+    }
+}
+
+/// Gradients by tensor.
+#[derive(Default)]
+pub struct Gradients(HashMap<TensorId, Tensor>);
+
+impl Gradients {
+    /// Takes out the gradient of a variable, contiguous, in its shape. It is f32 where the variable
+    /// is a weight of a linear layer, else in the dtype of the variable.
+    pub fn remove(&mut self, variable: &Tensor) -> Option<Tensor> {
+        self.0.remove(&variable.id())
+    }
+
+    /// Puts in the whole gradient of x, for what [`Self::remove`] gave and more.
+    pub(crate) fn put(&mut self, x: &Tensor, grad: Tensor) {
+        self.0.insert(x.id(), grad);
+    }
+
+    /// Adds to the gradient of x.
+    pub(crate) fn add(&mut self, x: &Tensor, grad: Tensor) -> Result<()> {
+        if x.track_op() {
+            self.add_id(x.id(), grad)?;
+        }
+        Ok(())
+    }
+
+    fn add_id(&mut self, id: TensorId, grad: Tensor) -> Result<()> {
+        let sum = match self.0.remove(&id) {
+            Some(before) => (before + grad)?,
+            None => grad,
+        };
+        self.0.insert(id, sum);
+        Ok(())
+    }
+}
+
+/// Whether a tape records and one of the inputs leads to a variable. Else an operation belongs to
+/// Candle's graph.
+pub(crate) fn records(inputs: &[&Tensor]) -> bool {
+    RECORDING.with_borrow_mut(|tape| match tape {
+        Some(tape) if inputs.iter().any(|x| x.track_op()) => {
+            inputs.iter().for_each(|x| tape.adopt(x));
+            true
+        }
+        _ => false,
+    })
+}
+
+/// A result that is on the tape. For Candle it is a variable, so that what Candle computes from it
+/// has a gradient.
+pub(crate) fn output(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), true)
+}
+
+/// Records how the gradient of an [`output`] gives others.
+pub(crate) fn push(
+    output: &Tensor,
+    backward: impl FnOnce(Tensor, &mut Gradients) -> Result<()> + 'static,
+) {
+    let output = output.id();
+    let backward = Box::new(backward);
+    RECORDING.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.nodes.push(Node { output, backward });
+        }
+    });
+}
+
+/// Runs an operation of one input on the tape, if one records it, or else in Candle's graph.
+pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(op: C, x: &Tensor) -> Result<Tensor> {
+    if !records(&[x]) {
+        return x.apply_op1(op);
+    }
+    let y = run(x, |storage, layout| match storage {
+        Storage::Cpu(x) => op.cpu_fwd(x, layout).map(on_cpu),
+        Storage::Cuda(x) => op.cuda_fwd(x, layout).map(on_cuda),
+        Storage::Metal(x) => op.metal_fwd(x, layout).map(on_metal),
+    })?;
+    let (x, saved) = (x.clone(), y.clone());
+    push(&y, move |grad, gradients| {
+        add_all([(&x, op.bwd(&x, &saved, &grad)?)], gradients)
+    });
+    Ok(y)
+}
+
+/// As [`apply1`], of two inputs.
+pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(
+    op: C,
+    a: &Tensor,
+    b: &Tensor,
+) -> Result<Tensor> {
+    if !records(&[a, b]) {
+        return a.apply_op2(b, op);
+    }
+    let (b_storage, b_layout) = b.storage_and_layout();
+    let y = run(a, |storage, layout| match (storage, &*b_storage) {
+        (Storage::Cpu(a), Storage::Cpu(b)) => op.cpu_fwd(a, layout, b, b_layout).map(on_cpu),
+        (Storage::Cuda(a), Storage::Cuda(b)) => op.cuda_fwd(a, layout, b, b_layout).map(on_cuda),
+        _ => bail!("{}: the arguments are on different devices", op.name()),
+    })?;
+    drop(b_storage);
+    let (a, b, saved) = (a.clone(), b.clone(), y.clone());
+    push(&y, move |grad, gradients| {
+        let (da, db) = op.bwd(&a, &b, &saved, &grad)?;
+        add_all([(&a, da), (&b, db)], gradients)
+    });
+    Ok(y)
+}
+
+/// As [`apply1`], of three inputs.
+pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
+    op: C,
+    a: &Tensor,
+    b: &Tensor,
+    c: &Tensor,
+) -> Result<Tensor> {
+    if !records(&[a, b, c]) {
+        return a.apply_op3(b, c, op);
+    }
+    let ((b_storage, b_layout), (c_storage, c_layout)) =
+        (b.storage_and_layout(), c.storage_and_layout());
+    let y = run(a, |storage, layout| {
+        match (storage, &*b_storage, &*c_storage) {
+            (Storage::Cpu(a), Storage::Cpu(b), Storage::Cpu(c)) => {
+                op.cpu_fwd(a, layout, b, b_layout, c, c_layout).map(on_cpu)
+            }
+            (Storage::Cuda(a), Storage::Cuda(b), Storage::Cuda(c)) => op
+                .cuda_fwd(a, layout, b, b_layout, c, c_layout)
+                .map(on_cuda),
+            _ => bail!("{}: the arguments are on different devices", op.name()),
+        }
+    })?;
+    drop((b_storage, c_storage));
+    let (a, b, c, saved) = (a.clone(), b.clone(), c.clone(), y.clone());
+    push(&y, move |grad, gradients| {
+        let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad)?;
+        add_all([(&a, da), (&b, db), (&c, dc)], gradients)
+    });
+    Ok(y)
+}
+
+/// Computes a result on the storage of the first input.
+fn run(
+    x: &Tensor,
+    forward: impl FnOnce(&Storage, &Layout) -> Result<(Storage, Shape)>,
+) -> Result<Tensor> {
+    let (storage, layout): (StorageRef, _) = x.storage_and_layout();
+    let (storage, shape) = forward(&storage, layout)?;
+    Ok(output(storage, shape))
+}
+
+fn on_cpu((storage, shape): (CpuStorage, Shape)) -> (Storage, Shape) {
+    (Storage::Cpu(storage), shape)
+}
+
+fn on_cuda((storage, shape): (CudaStorage, Shape)) -> (Storage, Shape) {
+    (Storage::Cuda(storage), shape)
+}
+
+fn on_metal((storage, shape): (MetalStorage, Shape)) -> (Storage, Shape) {
+    (Storage::Metal(storage), shape)
+}
+
+/// Adds what an operation gives for its inputs.
+fn add_all<'a>(
+    grads: impl IntoIterator<Item = (&'a Tensor, Option<Tensor>)>,
+    gradients: &mut Gradients,
+) -> Result<()> {
+    for (x, grad) in grads {
+        if let Some(grad) = grad {
+            gradients.add(x, grad)?;
+        }
+    }
+    Ok(())
+}
