@@ -1,5 +1,5 @@
 // GELU with the error function: y = x * Phi(x), dx = grad * (Phi(x) + x * phi(x)).
-#include "ops.cuh"
+#include "row_tiles.cuh"
 
 namespace attn {
 
@@ -46,45 +46,53 @@ struct GeluBackward {
   }
 };
 
-// Both in one pass, for a layer that keeps x alone.
+// Both in one pass, for a layer that keeps x alone, and the sums of dx, which are the gradient of the
+// bias before.
 template <class T, int W>
 __global__ void __launch_bounds__(kOpThreads)
     gelu_both_kernel(const T* __restrict__ x, const T* __restrict__ grad, T* __restrict__ y,
-                     T* __restrict__ dx, int64_t len) {
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kOpThreads + threadIdx.x) * W;
-  if (i >= len) return;
-  auto both = [&]<int N>(int64_t at) {
-    float v[N], g[N];
-    load_vec<T, N>(v, x + at);
-    load_vec<T, N>(g, grad + at);
+                     T* __restrict__ dx, float* __restrict__ partial, int64_t rows,
+                     int64_t columns, const RowTiles<W> grid) {
+  float sum[W] = {};
+  const int64_t column = grid.column();
+  if (column < columns) {
+#pragma unroll 2
+    for (int64_t row = grid.first_row(); row < grid.end_row(rows); row += kRowWarps) {
+      const int64_t at = row * columns + column;
+      float v[W], g[W];
+      load_vec<T, W>(v, x + at);
+      load_vec<T, W>(g, grad + at);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Normal normal(v[j]);
-      g[j] *= fmaf(v[j], normal.pdf, normal.cdf);
-      v[j] *= normal.cdf;
+      for (int j = 0; j < W; ++j) {
+        const Normal normal(v[j]);
+        g[j] *= fmaf(v[j], normal.pdf, normal.cdf);
+        sum[j] += g[j];
+        v[j] *= normal.cdf;
+      }
+      store_vec<T, W>(y + at, v);
+      store_vec<T, W>(dx + at, g);
     }
-    store_vec<T, N>(y + at, v);
-    store_vec<T, N>(dx + at, g);
-  };
-  if (i + W <= len) {
-    both.template operator()<W>(i);
-  } else {
-    for (int64_t at = i; at < len; ++at) both.template operator()<1>(at);
   }
+  grid.store_partial(sum, partial, columns);
 }
 
 }  // namespace attn
 
-int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, int64_t len,
-                 void* stream) {
+int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, float* sums,
+                 float* partial, int64_t rows, int64_t columns, void* stream) {
   using namespace attn;
-  if (len == 0) return ATTN_OK;
+  if (columns == 0) return ATTN_OK;
   return for_element(dtype, [&]<class T>() {
-    return for_vector<T>(aligned_to_16({x, grad, y, dx}), [&]<int W>() {
-      return launch(gelu_both_kernel<T, W>, (len + kOpThreads * W - 1) / (kOpThreads * W),
-                    kOpThreads, 0, stream, static_cast<const T*>(x), static_cast<const T*>(grad),
-                    static_cast<T*>(y), static_cast<T*>(dx), len);
-    });
+    const bool aligned = aligned_to_16({x, grad, y, dx}) && columns % kChunk<T> == 0;
+    if (rows > 0) {
+      ATTN_RETURN_IF(for_vector<T>(aligned, [&]<int W>() {
+        const RowTiles<W> grid(rows, columns);
+        return launch(gelu_both_kernel<T, W>, grid.tiles * grid.blocks, kOpThreads, 0, stream,
+                      static_cast<const T*>(x), static_cast<const T*>(grad), static_cast<T*>(y),
+                      static_cast<T*>(dx), partial, rows, columns, grid);
+      }));
+    }
+    return sum_partials(partial, sums, row_blocks(rows, columns), columns, stream);
   });
 }
 

@@ -4,15 +4,15 @@
 //   forward:  y = (x - mean) * rstd * weight + bias; mean and rstd are kept
 //   backward, with n = (x - mean) * rstd and g = grad * weight:
 //     dx = rstd * (g - mean(g) - n * mean(g * n))
-//     dweight = sum over rows of grad * n, dbias = sum over rows of grad: a thread adds up its
-//     columns over the rows of its group, the groups of a block add theirs in order to one partial
+//     dweight = sum over rows of grad * n, dbias = sum over rows of grad, and the sum of dx, which is
+//     the gradient of a bias before: a thread adds up its columns over the rows of its group, the groups of a block add theirs in order to one partial
 //     sum, and a second kernel adds those in order.
 #include "ops.cuh"
 
 namespace attn {
 
-constexpr int kRowElements = 32;  // of a row, held by one thread
-constexpr int kMaxPartials = 792;  // two waves of blocks on 132 SMs
+constexpr int kRowElements = 32;  // of a row, at most, held by one thread
+constexpr int kMaxPartials = 396;  // three blocks on each of 132 SMs: what registers allow
 
 template <int kGroup>
 constexpr int kNormThreads = kGroup > 128 ? kGroup : 128;
@@ -21,10 +21,11 @@ constexpr int kNormThreads = kGroup > 128 ? kGroup : 128;
 template <int kGroup>
 constexpr int kNormRows = kNormThreads<kGroup> / kGroup;
 
-// The columns of one thread: kVectors times W of them, kGroup * W apart.
-template <int W, int kGroup>
+// The columns of one thread: kVectors times W of them, kGroup * W apart. kElements is kRowElements,
+// or for rows that have fewer, so that registers suffice for more threads, some quarters of it.
+template <int W, int kGroup, int kElements>
 struct Columns {
-  static constexpr int kVectors = kRowElements / W;
+  static constexpr int kVectors = kElements / W;
 
   // The first column of vector i; the row ends before it or after all of it.
   __device__ __forceinline__ static int at(int i) {
@@ -32,12 +33,12 @@ struct Columns {
   }
 };
 
-template <class T, int W, int kGroup>
+template <class T, int W, int kGroup, int kElements>
 __global__ void __launch_bounds__(kNormThreads<kGroup>)
     layer_norm_fwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
                           const float* __restrict__ bias, T* __restrict__ y,
                           float* __restrict__ stats, int64_t rows, int width, float eps) {
-  using C = Columns<W, kGroup>;
+  using C = Columns<W, kGroup, kElements>;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kNormRows<kGroup> + threadIdx.x / kGroup;
   if (row >= rows) return;  // whole groups
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
     if (C::at(i) < width) load_vec<T, W>(v[i], x + C::at(i));
   }
 #pragma unroll
-  for (int i = 0; i < kRowElements; ++i) sum += v[i / W][i % W];
+  for (int i = 0; i < kElements; ++i) sum += v[i / W][i % W];
   const float mean = group_sum<kGroup>(sum) / width;
 
   float squares = 0.0f;
@@ -79,15 +80,15 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
   }
 }
 
-template <class T, int W, int kGroup>
+template <class T, int W, int kGroup, int kElements>
 __global__ void __launch_bounds__(kNormThreads<kGroup>)
     layer_norm_bwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
                           const T* __restrict__ grad, const float* __restrict__ stats,
                           T* __restrict__ dx, float* __restrict__ partial, int64_t rows,
                           int width) {
-  using C = Columns<W, kGroup>;
+  using C = Columns<W, kGroup, kElements>;
   constexpr int kRows = kNormRows<kGroup>;
-  float d_weight[C::kVectors][W] = {}, d_bias[C::kVectors][W] = {};
+  float d_weight[C::kVectors][W] = {}, d_bias[C::kVectors][W] = {}, sum_dx[C::kVectors][W] = {};
 
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kGroup; row < rows;
        row += static_cast<int64_t>(gridDim.x) * kRows) {
@@ -123,48 +124,58 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
     for (int i = 0; i < C::kVectors; ++i) {
       if (C::at(i) >= width) break;
 #pragma unroll
-      for (int j = 0; j < W; ++j) n[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
+      for (int j = 0; j < W; ++j) {
+        n[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
+        sum_dx[i][j] += n[i][j];
+      }
       store_vec<T, W>(dx + row * width + C::at(i), n[i]);
     }
   }
 
   // Group after group adds its sums to those of the block.
-  extern __shared__ __align__(16) float block_sums[];  // [2][width]
-  float* sums = kRows == 1 ? partial + static_cast<int64_t>(blockIdx.x) * 2 * width : block_sums;
+  extern __shared__ __align__(16) float block_sums[];  // [3][width]
+  float* sums = kRows == 1 ? partial + static_cast<int64_t>(blockIdx.x) * 3 * width : block_sums;
   for (int group = 0; group < kRows; ++group) {
     if (threadIdx.x / kGroup == group) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; ++i) {
         if (C::at(i) >= width) break;
-        float before[2][W] = {};
-        if (group > 0) {
-          load_f32<W>(before[0], sums + C::at(i));
-          load_f32<W>(before[1], sums + width + C::at(i));
-        }
+        auto add = [&](float* to, const float (&x)[W]) {
+          float before[W] = {};
+          if (group > 0) load_f32<W>(before, to);
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          before[0][j] += d_weight[i][j];
-          before[1][j] += d_bias[i][j];
-        }
-        store_f32<W>(sums + C::at(i), before[0]);
-        store_f32<W>(sums + width + C::at(i), before[1]);
+          for (int j = 0; j < W; ++j) before[j] += x[j];
+          store_f32<W>(to, before);
+        };
+        add(sums + C::at(i), d_weight[i]);
+        add(sums + width + C::at(i), d_bias[i]);
+        add(sums + 2 * width + C::at(i), sum_dx[i]);
       }
     }
     __syncthreads();
   }
   if constexpr (kRows > 1) {
-    float* to = partial + static_cast<int64_t>(blockIdx.x) * 2 * width;
-    for (int i = threadIdx.x; i < 2 * width; i += kNormThreads<kGroup>) to[i] = block_sums[i];
+    float* to = partial + static_cast<int64_t>(blockIdx.x) * 3 * width;
+    for (int i = threadIdx.x; i < 3 * width; i += kNormThreads<kGroup>) to[i] = block_sums[i];
   }
 }
 
-// Calls f.template operator()<kGroup>() for the threads of a row.
-template <class F>
+// Calls f.template operator()<kGroup, kElements>() for the threads of a row and what each holds.
+template <int W, class F>
 int for_width(int64_t width, F&& f) {
   if (width < 1 || width > OP_LAYER_NORM_MAX_WIDTH) return ATTN_ERR_SIZE;
   static_assert(256 * kRowElements == OP_LAYER_NORM_MAX_WIDTH, "the widest group");
-  if (width <= 32 * kRowElements) return f.template operator()<32>();
-  return f.template operator()<256>();
+  auto for_elements = [&]<int kGroup>() {
+    constexpr int kQuarter = kRowElements / 4;
+    if constexpr (W > 1) {
+      if (width <= kGroup * kQuarter) return f.template operator()<kGroup, kQuarter>();
+      if (width <= kGroup * kQuarter * 2) return f.template operator()<kGroup, kQuarter * 2>();
+      if (width <= kGroup * kQuarter * 3) return f.template operator()<kGroup, kQuarter * 3>();
+    }
+    return f.template operator()<kGroup, kRowElements>();
+  };
+  if (width <= 32 * kRowElements) return for_elements.template operator()<32>();
+  return for_elements.template operator()<256>();
 }
 
 inline int64_t norm_partials(int64_t rows, int64_t width) {
@@ -186,9 +197,9 @@ int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const f
   return for_element(dtype, [&]<class T>() {
     const bool aligned = aligned_to_16({x, weight, bias, y}) && width % kChunk<T> == 0;
     return for_vector<T>(aligned, [&]<int W>() {
-      return for_width(width, [&]<int kGroup>() {
+      return for_width<W>(width, [&]<int kGroup, int kElements>() {
         const int64_t blocks = (rows + kNormRows<kGroup> - 1) / kNormRows<kGroup>;
-        return launch(layer_norm_fwd_kernel<T, W, kGroup>, blocks, kNormThreads<kGroup>, 0, stream,
+        return launch(layer_norm_fwd_kernel<T, W, kGroup, kElements>, blocks, kNormThreads<kGroup>, 0, stream,
                       static_cast<const T*>(x), weight, bias, static_cast<T*>(y),
                       stats, rows, static_cast<int>(width), eps);
       });
@@ -197,7 +208,7 @@ int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const f
 }
 
 int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
-                      const float* stats, void* dx, float* d_parameters, float* partial,
+                      const float* stats, void* dx, float* sums, float* partial,
                       int64_t rows, int64_t width, void* stream) {
   using namespace attn;
   const int64_t partials = norm_partials(rows, width);
@@ -205,9 +216,9 @@ int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const v
     ATTN_RETURN_IF(for_element(dtype, [&]<class T>() {
       const bool aligned = aligned_to_16({x, weight, grad, dx, partial}) && width % kChunk<T> == 0;
       return for_vector<T>(aligned, [&]<int W>() {
-        return for_width(width, [&]<int kGroup>() {
-          const size_t smem = kNormRows<kGroup> > 1 ? 2 * width * sizeof(float) : 0;
-          return launch(layer_norm_bwd_kernel<T, W, kGroup>, partials, kNormThreads<kGroup>, smem,
+        return for_width<W>(width, [&]<int kGroup, int kElements>() {
+          const size_t smem = kNormRows<kGroup> > 1 ? 3 * width * sizeof(float) : 0;
+          return launch(layer_norm_bwd_kernel<T, W, kGroup, kElements>, partials, kNormThreads<kGroup>, smem,
                         stream, static_cast<const T*>(x), weight, static_cast<const T*>(grad),
                         stats, static_cast<T*>(dx), partial, rows,
                         static_cast<int>(width));
@@ -215,5 +226,5 @@ int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const v
       });
     }));
   }
-  return sum_partials(partial, d_parameters, partials, 2 * width, stream);
+  return sum_partials(partial, sums, partials, 3 * width, stream);
 }

@@ -19,9 +19,14 @@ int op_gelu_fwd(int32_t dtype, const void* x, void* y, int64_t len, void* stream
 int op_gelu_bwd(int32_t dtype, const void* x, const void* grad, void* dx, int64_t len,
                 void* stream);
 
-// y = gelu(x), and the gradient dx of x: [len].
-int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, int64_t len,
-                 void* stream);
+// y = gelu(x), and the gradient dx of x: [rows, columns]. sums: f32 [columns], of dx. partial: f32
+// [op_column_sum_partials(..), columns].
+int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, float* sums,
+                 float* partial, int64_t rows, int64_t columns, void* stream);
+
+// to [len] = from [len], in another dtype.
+int op_cast(int32_t from_dtype, const void* from, int32_t to_dtype, void* to, int64_t len,
+            void* stream);
 
 // x, y: [len]. Word i % 4 of Philox4x32-10 with counter (i / 4, 0, 0) and key (low, high word of
 // seed) below p * 2^32 drops element i; kept ones are divided by 1 - p. residual [len], unless null,
@@ -29,20 +34,20 @@ int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* 
 int op_dropout(int32_t dtype, const void* x, const void* residual, void* y, int64_t len, float p,
                uint64_t seed, void* stream);
 
-// sums [columns] of x [rows, columns]. partial: f32 [op_column_sum_partials(..), columns].
+// sums: f32 [columns], of x [rows, columns]. partial: f32 [op_column_sum_partials(..), columns].
 int64_t op_column_sum_partials(int64_t rows, int64_t columns);
-int op_column_sum(int32_t dtype, const void* x, void* sums, float* partial, int64_t rows,
+int op_column_sum(int32_t dtype, const void* x, float* sums, float* partial, int64_t rows,
                   int64_t columns, void* stream);
 
 // x, y, grad, dx: [rows, width], width 1 to OP_LAYER_NORM_MAX_WIDTH; weight, bias: f32 [width];
-// stats: f32 [rows, 2], mean and reciprocal deviation, written by the forward; d_parameters: f32
-// [2, width], gradients of weight and bias. partial: f32 [op_layer_norm_partials(..), 2, width].
+// stats: f32 [rows, 2], mean and reciprocal deviation, written by the forward; sums: f32 [3, width],
+// gradients of weight and bias, and the sum of dx. partial: f32 [op_layer_norm_partials(..), 3, width].
 enum { OP_LAYER_NORM_MAX_WIDTH = 8192 };
 int64_t op_layer_norm_partials(int64_t rows, int64_t width);
 int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const float* bias, void* y,
                       float* stats, int64_t rows, int64_t width, float eps, void* stream);
 int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
-                      const float* stats, void* dx, float* d_parameters, float* partial,
+                      const float* stats, void* dx, float* sums, float* partial,
                       int64_t rows, int64_t width, void* stream);
 
 // table: [count, width]; rows: [len]; y, grad: [len, width]. A row number from `count` on gives

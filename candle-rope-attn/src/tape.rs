@@ -15,7 +15,7 @@ use candle_core::{
 };
 
 /// What an operation does with the gradient of its output.
-type Backward = Box<dyn FnOnce(Tensor, &mut Gradients) -> Result<()>>;
+type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
 
 struct Node {
     output: TensorId,
@@ -90,7 +90,7 @@ impl Tape {
         if self.nodes.is_empty() {
             bail!("backward: the loss does not come from the recorded function")
         }
-        gradients.put(loss, (loss.ones_like()?.detach() * scale)?);
+        gradients.put(loss, (loss.ones_like()?.detach() * scale)?.into());
         while let Some(Node { output, backward }) = self.nodes.pop() {
             if let Some(grad) = gradients.0.remove(&output) {
                 backward(grad, gradients)?;
@@ -106,11 +106,11 @@ impl Tape {
         }
         let output = x.clone();
         let backward: Backward = Box::new(move |grad, gradients| {
-            let grad = grad.to_dtype(output.dtype())?;
+            let grad = grad.value.to_dtype(output.dtype())?;
             let found = (&output * grad)?.sum_all()?.backward()?;
             for id in found.get_ids() {
                 if let Some(grad) = found.get_id(*id) {
-                    gradients.add_id(*id, grad.detach())?;
+                    gradients.add_id(*id, grad.detach().into())?;
                 }
             }
             Ok(())
@@ -120,33 +120,48 @@ impl Tape {
     }
 }
 
+/// The gradient of one tensor.
+pub(crate) struct Gradient {
+    pub value: Tensor,
+    /// Sums over all axes but the last, f32, where the operation that made it had them at hand: they
+    /// are the gradient of a bias.
+    pub column_sum: Option<Tensor>,
+}
+
+impl From<Tensor> for Gradient {
+    fn from(value: Tensor) -> Self {
+        let column_sum = None;
+        Self { value, column_sum }
+    }
+}
+
 /// Gradients by tensor.
 #[derive(Default)]
-pub struct Gradients(HashMap<TensorId, Tensor>);
+pub struct Gradients(HashMap<TensorId, Gradient>);
 
 impl Gradients {
     /// Takes out the gradient of a variable, contiguous, in its shape. It is f32 where the variable
     /// is a weight of a linear layer, else in the dtype of the variable.
     pub fn remove(&mut self, variable: &Tensor) -> Option<Tensor> {
-        self.0.remove(&variable.id())
+        self.0.remove(&variable.id()).map(|grad| grad.value)
     }
 
     /// Puts in the whole gradient of x, for what [`Self::remove`] gave and more.
-    pub(crate) fn put(&mut self, x: &Tensor, grad: Tensor) {
+    pub(crate) fn put(&mut self, x: &Tensor, grad: Gradient) {
         self.0.insert(x.id(), grad);
     }
 
     /// Adds to the gradient of x.
-    pub(crate) fn add(&mut self, x: &Tensor, grad: Tensor) -> Result<()> {
+    pub(crate) fn add(&mut self, x: &Tensor, grad: impl Into<Gradient>) -> Result<()> {
         if x.track_op() {
-            self.add_id(x.id(), grad)?;
+            self.add_id(x.id(), grad.into())?;
         }
         Ok(())
     }
 
-    fn add_id(&mut self, id: TensorId, grad: Tensor) -> Result<()> {
+    fn add_id(&mut self, id: TensorId, grad: Gradient) -> Result<()> {
         let sum = match self.0.remove(&id) {
-            Some(before) => (before + grad)?,
+            Some(before) => (before.value + grad.value)?.into(),
             None => grad,
         };
         self.0.insert(id, sum);
@@ -175,7 +190,7 @@ pub(crate) fn output(storage: Storage, shape: impl Into<Shape>) -> Tensor {
 /// Records how the gradient of an [`output`] gives others.
 pub(crate) fn push(
     output: &Tensor,
-    backward: impl FnOnce(Tensor, &mut Gradients) -> Result<()> + 'static,
+    backward: impl FnOnce(Gradient, &mut Gradients) -> Result<()> + 'static,
 ) {
     let output = output.id();
     let backward = Box::new(backward);
@@ -198,7 +213,7 @@ pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(op: C, x: &Tensor) ->
     })?;
     let (x, saved) = (x.clone(), y.clone());
     push(&y, move |grad, gradients| {
-        add_all([(&x, op.bwd(&x, &saved, &grad)?)], gradients)
+        add_all([(&x, op.bwd(&x, &saved, &grad.value)?)], gradients)
     });
     Ok(y)
 }
@@ -221,7 +236,7 @@ pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(
     drop(b_storage);
     let (a, b, saved) = (a.clone(), b.clone(), y.clone());
     push(&y, move |grad, gradients| {
-        let (da, db) = op.bwd(&a, &b, &saved, &grad)?;
+        let (da, db) = op.bwd(&a, &b, &saved, &grad.value)?;
         add_all([(&a, da), (&b, db)], gradients)
     });
     Ok(y)
@@ -253,7 +268,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     drop((b_storage, c_storage));
     let (a, b, c, saved) = (a.clone(), b.clone(), c.clone(), y.clone());
     push(&y, move |grad, gradients| {
-        let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad)?;
+        let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad.value)?;
         add_all([(&a, da), (&b, db), (&c, dc)], gradients)
     });
     Ok(y)

@@ -9,6 +9,7 @@ use candle_core::{
 
 use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTable, OpTensor};
 use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor};
+use crate::ops::product::rows_and_columns;
 use crate::spec::Dropout;
 
 /// A contiguous tensor.
@@ -77,21 +78,45 @@ pub(crate) fn gelu_backward(x: Input, grad: Input) -> Result<(CudaStorage, Shape
     Ok((dx, shape.clone()))
 }
 
-/// `gelu(x)` and the gradient of x.
-pub(crate) fn gelu_and_backward(x: Input, grad: Input) -> Result<(CudaStorage, CudaStorage)> {
-    let (device, dtype, len) = (x.0.device(), x.0.dtype(), x.1.shape().elem_count());
-    let mut y = alloc_storage(device, dtype, len)?;
-    let mut dx = alloc_storage(device, dtype, len)?;
+/// `gelu(x)`, the gradient of x, and the sum of that over all axes but the last, f32.
+pub(crate) fn gelu_and_backward(
+    x: Input,
+    grad: Input,
+) -> Result<(CudaStorage, CudaStorage, Tensor)> {
+    let (rows, columns) = rows_and_columns(x.1.dims());
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut y = alloc_storage(device, dtype, rows * columns)?;
+    let mut dx = alloc_storage(device, dtype, rows * columns)?;
+    let mut sums = alloc_storage(device, DType::F32, columns)?;
+    let mut partial = alloc::<f32>(device, column_sum_partials(rows, columns))?;
     launch!(device, || describe("gelu and backward", x.1, dtype), p => ffi::op_gelu_both(
         dtype_code(dtype),
         input(&mut p, x)?,
         input(&mut p, grad)?,
         p.write_storage(&mut y)?,
         p.write_storage(&mut dx)?,
+        p.write_storage(&mut sums)?.cast(),
+        p.write(&mut partial),
+        rows as i64,
+        columns as i64,
+        p.stream(),
+    ))?;
+    Ok((y, dx, tensor(sums, columns)))
+}
+
+/// x in another dtype.
+pub(crate) fn cast(x: Input, dtype: DType) -> Result<CudaStorage> {
+    let (device, len) = (x.0.device(), x.1.shape().elem_count());
+    let mut y = alloc_storage(device, dtype, len)?;
+    launch!(device, || describe("cast", x.1, dtype), p => ffi::op_cast(
+        dtype_code(x.0.dtype()),
+        input(&mut p, x)?,
+        dtype_code(dtype),
+        p.write_storage(&mut y)?,
         len as i64,
         p.stream(),
     ))?;
-    Ok((y, dx))
+    Ok(y)
 }
 
 /// Dropout of x, added to a residual if there is one.
@@ -116,17 +141,22 @@ pub(crate) fn dropout(
     Ok((y, shape.clone()))
 }
 
-/// The sum of each column of x `[rows, columns]`.
-pub(crate) fn column_sum(x: Input, rows: usize, columns: usize) -> Result<CudaStorage> {
-    let (device, dtype) = (x.0.device(), x.0.dtype());
+/// Elements of the partial sums of columns.
+fn column_sum_partials(rows: usize, columns: usize) -> usize {
     // SAFETY: reads no memory.
     let partials = unsafe { ffi::op_column_sum_partials(rows as i64, columns as i64) };
-    let mut partial = alloc::<f32>(device, partials as usize * columns)?;
-    let mut sums = alloc_storage(device, dtype, columns)?;
+    partials as usize * columns
+}
+
+/// The sum of each column of x `[rows, columns]`, f32.
+pub(crate) fn column_sum(x: Input, rows: usize, columns: usize) -> Result<CudaStorage> {
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut partial = alloc::<f32>(device, column_sum_partials(rows, columns))?;
+    let mut sums = alloc_storage(device, DType::F32, columns)?;
     launch!(device, || describe("column sum", x.1, dtype), p => ffi::op_column_sum(
         dtype_code(dtype),
         input(&mut p, x)?,
-        p.write_storage(&mut sums)?,
+        p.write_storage(&mut sums)?.cast(),
         p.write(&mut partial),
         rows as i64,
         columns as i64,
@@ -174,7 +204,7 @@ pub(crate) fn layer_norm(
     Ok((y, tensor(stats, (rows, 2))))
 }
 
-/// The gradient of x, and those of weight and bias, f32 `[2, width]`.
+/// The gradient of x; and f32 `[3, width]`: those of weight and bias, and the sum of that of x.
 pub(crate) fn layer_norm_backward(
     x: Input,
     weight: Input,
@@ -187,9 +217,9 @@ pub(crate) fn layer_norm_backward(
     let stats = (cuda_storage(&stats)?, stats_layout);
     // SAFETY: reads no memory.
     let partials = unsafe { ffi::op_layer_norm_partials(rows as i64, width as i64) };
-    let mut partial = alloc::<f32>(device, partials as usize * 2 * width)?;
+    let mut partial = alloc::<f32>(device, partials as usize * 3 * width)?;
     let mut dx = alloc_storage(device, dtype, rows * width)?;
-    let mut d_parameters = alloc_storage(device, DType::F32, 2 * width)?;
+    let mut sums = alloc_storage(device, DType::F32, 3 * width)?;
     launch!(device, || describe("layer_norm backward", x.1, dtype), p => ffi::op_layer_norm_bwd(
         dtype_code(dtype),
         input(&mut p, x)?,
@@ -197,13 +227,13 @@ pub(crate) fn layer_norm_backward(
         input(&mut p, grad)?,
         input(&mut p, stats)?.cast(),
         p.write_storage(&mut dx)?,
-        p.write_storage(&mut d_parameters)?.cast(),
+        p.write_storage(&mut sums)?.cast(),
         p.write(&mut partial),
         rows as i64,
         width as i64,
         p.stream(),
     ))?;
-    Ok((dx, tensor(d_parameters, (2, width))))
+    Ok((dx, tensor(sums, (3, width))))
 }
 
 pub(crate) fn gather_rows(table: Input, rows: Input) -> Result<(CudaStorage, Shape)> {

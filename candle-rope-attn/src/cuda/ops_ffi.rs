@@ -69,6 +69,17 @@ unsafe extern "C" {
         grad: *const c_void,
         y: *mut c_void,
         dx: *mut c_void,
+        sums: *mut f32,
+        partial: *mut f32,
+        rows: i64,
+        columns: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_cast(
+        from_dtype: i32,
+        from: *const c_void,
+        to_dtype: i32,
+        to: *mut c_void,
         len: i64,
         stream: *mut c_void,
     ) -> c_int;
@@ -94,7 +105,7 @@ unsafe extern "C" {
     pub(crate) fn op_column_sum(
         dtype: i32,
         x: *const c_void,
-        sums: *mut c_void,
+        sums: *mut f32,
         partial: *mut f32,
         rows: i64,
         columns: i64,
@@ -120,7 +131,7 @@ unsafe extern "C" {
         grad: *const c_void,
         stats: *const f32,
         dx: *mut c_void,
-        d_parameters: *mut f32,
+        sums: *mut f32,
         partial: *mut f32,
         rows: i64,
         width: i64,

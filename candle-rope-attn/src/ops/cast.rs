@@ -3,13 +3,16 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, Result, Storage, Tensor};
 
+use super::plain;
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
 use crate::operand::{Locked, Operand};
 use crate::tape;
 
 /// `x` in another dtype, contiguous.
 ///
-/// On a [`Tape`](super::Tape) the gradient of x is that of the result without rounding, so that an
-/// f32 weight that is used as bf16 has an f32 gradient where an operation gives one.
+/// On a [`Tape`](super::Tape) an f32 weight that is used as bf16 has an f32 gradient where an
+/// operation gives one: the gradient is not rounded on its way back.
 ///
 /// # Errors
 /// When memory runs out.
@@ -17,23 +20,34 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     if x.dtype() == dtype {
         return Ok(x.clone());
     }
-    if !tape::records(&[x]) {
+    let records = tape::records(&[x]);
+    if x.track_op() && !records {
         return x.to_dtype(dtype)?.contiguous();
     }
-    let storage = match Locked::new(x).operand()? {
-        Operand::Cpu(x, layout) => Storage::Cpu(x.to_dtype(layout, dtype)?),
-        Operand::Cuda(x, layout) => Storage::Cuda(x.to_dtype(layout, dtype)?),
-    };
-    let y = tape::output(storage, x.shape());
+    let converted = convert(&x.contiguous()?, dtype)?;
+    if !records {
+        return Ok(plain(converted, x.shape()));
+    }
+    let y = tape::output(converted, x.shape());
     let x = x.clone();
     tape::push(&y, move |grad, gradients| {
-        let wider = grad.dtype().size_in_bytes() > x.dtype().size_in_bytes();
-        let grad = if wider {
-            grad
-        } else {
-            grad.to_dtype(x.dtype())?
-        };
-        gradients.add(&x, grad)
+        let grad = grad.value;
+        if grad.dtype().size_in_bytes() >= x.dtype().size_in_bytes() {
+            return gradients.add(&x, grad);
+        }
+        let grad = convert(&grad.contiguous()?, x.dtype())?;
+        gradients.add(&x, plain(grad, x.shape()))
     });
     Ok(y)
+}
+
+/// Of a contiguous tensor.
+fn convert(x: &Tensor, dtype: DType) -> Result<Storage> {
+    match Locked::new(x).operand()? {
+        Operand::Cpu(x, layout) => Ok(Storage::Cpu(x.to_dtype(layout, dtype)?)),
+        #[cfg(feature = "cuda")]
+        Operand::Cuda(x, layout) => cuda::cast((x, layout), dtype).map(Storage::Cuda),
+        #[cfg(not(feature = "cuda"))]
+        Operand::Cuda(x, layout) => Ok(Storage::Cuda(x.to_dtype(layout, dtype)?)),
+    }
 }

@@ -53,7 +53,8 @@ pub fn dropout_add(x: &Tensor, p: f32, seed: u64, residual: &Tensor) -> Result<T
     let sum = drop.add(&x, &residual)?;
     let y = tape::output(sum, x.shape());
     tape::push(&y, move |grad, gradients| {
-        gradients.add(&x, grad.contiguous()?.apply_op1_no_bwd(&drop)?)?;
+        let grad = grad.value.contiguous()?;
+        gradients.add(&x, grad.apply_op1_no_bwd(&drop)?)?;
         gradients.add(&residual, grad)
     });
     Ok(y)

@@ -81,7 +81,7 @@ pub fn embedding_sum(parts: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
     }
     let y = tape::output(y, shape);
     tape::push(&y, move |grad, gradients| {
-        let grad = grad.contiguous()?;
+        let grad = grad.value.contiguous()?;
         for (ids, table) in parts.iter().filter(|(_, table)| table.track_op()) {
             let count = table.dim(0)?;
             let d_table = grad.apply_op2_no_bwd(ids, &ScatterRows { count })?;

@@ -12,7 +12,7 @@ use super::plain;
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
 use crate::operand::{Locked, Operand};
-use crate::tape;
+use crate::tape::{self, Gradient};
 
 /// `x * Phi(x)` of every element, where `Phi` is the normal distribution function; `gelu` of
 /// transformers' configurations. f32, bf16 or f16, any shape.
@@ -88,11 +88,11 @@ impl CustomOp2 for GeluBackward {
 }
 
 /// `gelu(x)` and the gradient of x, outside of any graph, from contiguous tensors of one shape.
-pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Gradient)> {
     let locked = (Locked::new(x), Locked::new(grad));
-    let (y, dx) = match (locked.0.operand()?, locked.1.operand()?) {
+    match (locked.0.operand()?, locked.1.operand()?) {
         (Operand::Cpu(storage, layout), Operand::Cpu(grad, grad_layout)) => {
-            with_element!(x.dtype(), T => {
+            let (y, dx) = with_element!(x.dtype(), T => {
                 let (x, grad) = (values::<T>(storage, layout)?, values::<T>(grad, grad_layout)?);
                 let (y, dx) = cpu::map2_to_2(x, grad, |x, grad| {
                     let normal = Normal::at(x);
@@ -100,20 +100,21 @@ pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Te
                 });
                 let on_cpu = |values| Storage::Cpu(T::to_cpu_storage_owned(values));
                 (on_cpu(y), on_cpu(dx))
-            })
+            });
+            Ok((plain(y, x.shape()), plain(dx, x.shape()).into()))
         }
         #[cfg(feature = "cuda")]
-        (x, grad) => {
-            let (y, dx) = cuda::gelu_and_backward(x.cuda()?, grad.cuda()?)?;
-            (Storage::Cuda(y), Storage::Cuda(dx))
+        (operand, grad) => {
+            let (y, dx, sums) = cuda::gelu_and_backward(operand.cuda()?, grad.cuda()?)?;
+            let dx = Gradient {
+                value: plain(Storage::Cuda(dx), x.shape()),
+                column_sum: Some(sums),
+            };
+            Ok((plain(Storage::Cuda(y), x.shape()), dx))
         }
         #[cfg(not(feature = "cuda"))]
-        (x, grad) => {
-            (x.cpu()?, grad.cpu()?);
-            candle_core::bail!("gelu: this program was built without CUDA")
-        }
-    };
-    Ok((plain(y, x.shape()), plain(dx, x.shape())))
+        _ => candle_core::bail!("gelu: this program was built without CUDA"),
+    }
 }
 
 /// The standard normal distribution at one point.

@@ -4,7 +4,7 @@
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
-use candle_core::{IndexOp, WithDType};
+use candle_core::{IndexOp, Storage, WithDType};
 use rayon::prelude::*;
 
 use super::Saved;
@@ -12,7 +12,8 @@ use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
-use crate::tape;
+use crate::operand::{Locked, Operand};
+use crate::tape::{self, Gradient};
 
 /// Rows that one task takes.
 const ROWS: usize = 32;
@@ -42,8 +43,18 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         eps: eps as f32,
         stats: Saved::default(),
     };
-    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
-    tape::apply3(op, &x.contiguous()?, &weight, &bias)
+    let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.contiguous()?);
+    if !tape::records(&[&x, &weight, &bias]) {
+        return x.apply_op3(&weight, &bias, op);
+    }
+    let y = tape::output(op.compute(&x, &weight, &bias)?, x.shape());
+    tape::push(&y, move |grad, gradients| {
+        let ([d_weight, d_bias], dx) = op.backward(&x, &weight, &grad.value)?;
+        gradients.add(&x, dx)?;
+        gradients.add(&weight, d_weight)?;
+        gradients.add(&bias, d_bias)
+    });
+    Ok(y)
 }
 
 struct LayerNorm {
@@ -77,6 +88,46 @@ impl LayerNorm {
             )
         });
         (y, stats)
+    }
+}
+
+impl LayerNorm {
+    fn compute(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Storage> {
+        let locked = [x, weight, bias].map(Locked::new);
+        let [x, weight, bias] = [&locked[0], &locked[1], &locked[2]].map(Locked::operand);
+        match (x?, weight?, bias?) {
+            (Operand::Cpu(x, x_layout), Operand::Cpu(w, w_layout), Operand::Cpu(b, b_layout)) => {
+                let (y, _) = self.cpu_fwd(x, x_layout, w, w_layout, b, b_layout)?;
+                Ok(Storage::Cpu(y))
+            }
+            (
+                Operand::Cuda(x, x_layout),
+                Operand::Cuda(w, w_layout),
+                Operand::Cuda(b, b_layout),
+            ) => {
+                let (y, _) = self.cuda_fwd(x, x_layout, w, w_layout, b, b_layout)?;
+                Ok(Storage::Cuda(y))
+            }
+            _ => bail!("layer_norm: the arguments are on different devices"),
+        }
+    }
+
+    /// The gradients of weight and bias, and of x.
+    fn backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        grad: &Tensor,
+    ) -> Result<([Tensor; 2], Gradient)> {
+        let backward = LayerNormBackward {
+            stats: self.stats.get()?,
+            sums: Saved::default(),
+        };
+        let value = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &backward)?;
+        let sums = backward.sums.get()?;
+        let column_sum = Some(sums.i(2)?);
+        let dx = Gradient { value, column_sum };
+        Ok(([sums.i(0)?, sums.i(1)?], dx))
     }
 }
 
@@ -128,13 +179,8 @@ impl CustomOp3 for LayerNorm {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let backward = LayerNormBackward {
-            stats: self.stats.get()?,
-            d_parameters: Saved::default(),
-        };
-        let dx = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &backward)?;
-        let d_parameters = backward.d_parameters.get()?;
-        Ok((Some(dx), Some(d_parameters.i(0)?), Some(d_parameters.i(1)?)))
+        let ([d_weight, d_bias], dx) = self.backward(x, weight, grad)?;
+        Ok((Some(dx.value), Some(d_weight), Some(d_bias)))
     }
 }
 
@@ -142,11 +188,11 @@ impl CustomOp3 for LayerNorm {
 /// `dx = rstd * (g - mean(g) - n * mean(g * n))`, `dweight = sum(grad * n)`, `dbias = sum(grad)`.
 struct LayerNormBackward<'a> {
     stats: &'a Tensor,
-    /// dweight and dbias, f32 `[2, width]`.
-    d_parameters: Saved,
+    /// dweight, dbias, and the sum of dx over the rows, f32 `[3, width]`.
+    sums: Saved,
 }
 
-/// Adds to the gradients of weight and bias and writes that of x, for some rows.
+/// Writes the gradient of x, and gives the sums, for some rows.
 #[inline(always)]
 fn backward_rows<T: Element>(
     x: &[T],
@@ -156,8 +202,9 @@ fn backward_rows<T: Element>(
     dx: &mut [T],
 ) -> Vec<f32> {
     let width = weight.len();
-    let mut d_parameters = vec![0.0; 2 * width];
-    let (d_weight, d_bias) = d_parameters.split_at_mut(width);
+    let mut sums = vec![0.0; 3 * width];
+    let (d_weight, rest) = sums.split_at_mut(width);
+    let (d_bias, column_sum) = rest.split_at_mut(width);
     let mut g = vec![0.0; width];
     let rows = x
         .chunks_exact(width)
@@ -180,8 +227,11 @@ fn backward_rows<T: Element>(
         for (d_bias, grad) in d_bias.iter_mut().zip(grad) {
             *d_bias += grad.to_f32();
         }
+        for (sum, dx) in column_sum.iter_mut().zip(dx) {
+            *sum += dx.to_f32();
+        }
     }
-    d_parameters
+    sums
 }
 
 impl CustomOp3 for LayerNormBackward<'_> {
@@ -218,9 +268,9 @@ impl CustomOp3 for LayerNormBackward<'_> {
                 .collect();
             (T::to_cpu_storage_owned(dx), partial)
         });
-        let d_parameters = sum_vectors(2 * width, &partial);
-        self.d_parameters
-            .put(Tensor::from_vec(d_parameters, (2, width), &Device::Cpu)?);
+        let sums = sum_vectors(3 * width, &partial);
+        self.sums
+            .put(Tensor::from_vec(sums, (3, width), &Device::Cpu)?);
         Ok((dx, x_layout.shape().clone()))
     }
 
@@ -235,9 +285,8 @@ impl CustomOp3 for LayerNormBackward<'_> {
         grad_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let (weight, grad) = ((weight, weight_layout), (grad, grad_layout));
-        let (dx, d_parameters) =
-            cuda::layer_norm_backward((x, x_layout), weight, grad, self.stats)?;
-        self.d_parameters.put(d_parameters);
+        let (dx, sums) = cuda::layer_norm_backward((x, x_layout), weight, grad, self.stats)?;
+        self.sums.put(sums);
         Ok((dx, x_layout.shape().clone()))
     }
 }

@@ -13,7 +13,7 @@ use super::{cast, gelu, gelu_and_backward, plain};
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
 use crate::operand::{Locked, Operand};
-use crate::tape::{self, Gradients};
+use crate::tape::{self, Gradient, Gradients};
 
 /// Rows that one task of a column sum takes.
 const ROWS: usize = 128;
@@ -95,10 +95,10 @@ impl Linear {
             super::check_shape(op, "residual", residual, expected.dims(), "the result")?;
         }
         Ok(Self {
-            x: x.contiguous()?,
-            weight: weight.contiguous()?,
-            bias: bias.map(Tensor::contiguous).transpose()?,
-            residual: residual.map(Tensor::contiguous).transpose()?,
+            x: contiguous(x)?,
+            weight: contiguous(weight)?,
+            bias: bias.map(contiguous).transpose()?,
+            residual: residual.map(contiguous).transpose()?,
         })
     }
 
@@ -167,16 +167,18 @@ impl Linear {
         dense(locked.0.operand()?, locked.1.operand()?, bias, residual)
     }
 
-    fn backward(self, activate: bool, grad: Tensor, gradients: &mut Gradients) -> Result<()> {
+    fn backward(self, activate: bool, grad: Gradient, gradients: &mut Gradients) -> Result<()> {
         let (rows, inputs) = rows_and_columns(self.x.dims());
         let outputs = self.weight.dim(0)?;
         let (weight, x) = (self.weight.detach(), self.x.detach());
-        let grad = grad.contiguous()?.reshape((rows, outputs))?;
+        let Gradient { value, column_sum } = grad;
+        let grad = value.contiguous()?.reshape((rows, outputs))?;
         if let Some(residual) = &self.residual {
             gradients.add(residual, grad.reshape(residual.shape())?)?;
         }
         if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
-            gradients.add(bias, grad.apply_op1_no_bwd(&ColumnSum)?)?;
+            let sum = column_sum.map_or_else(|| grad.apply_op1_no_bwd(&ColumnSum), Ok);
+            gradients.add(bias, sum?)?;
         }
         let mut input = x.clone();
         if activate {
@@ -187,15 +189,24 @@ impl Linear {
         } else if self.x.track_op() {
             let before = gradients.remove(&self.x);
             let dx = product([&grad, &weight], [false, false], before.as_ref(), x.dtype())?;
-            gradients.put(&self.x, dx.reshape(x.shape())?);
+            gradients.put(&self.x, dx.reshape(x.shape())?.into());
         }
         if self.weight.track_op() {
             let input = input.reshape((rows, inputs))?;
             let before = gradients.remove(&self.weight);
             let dw = product([&grad, &input], [true, false], before.as_ref(), DType::F32)?;
-            gradients.put(&self.weight, dw);
+            gradients.put(&self.weight, dw.into());
         }
         Ok(())
+    }
+}
+
+/// The tensor, copied if it has gaps, or begins where cuBLAS cannot read it.
+fn contiguous(x: &Tensor) -> Result<Tensor> {
+    let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
+    match x.device().is_cuda() && offset % 16 != 0 {
+        true => x.force_contiguous(),
+        false => x.contiguous(),
     }
 }
 
@@ -370,14 +381,17 @@ impl CustomOp3 for GraphOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dx, d_weight) = Self::backward(x, weight, grad)?;
         let d_bias = match bias.track_op() {
-            true => Some(grad.contiguous()?.apply_op1_no_bwd(&ColumnSum)?),
+            true => {
+                let sum = grad.contiguous()?.apply_op1_no_bwd(&ColumnSum)?;
+                Some(sum.to_dtype(bias.dtype())?)
+            }
             false => None,
         };
         Ok((dx, d_weight, d_bias))
     }
 }
 
-/// Sum over all axes but the last.
+/// Sum over all axes but the last, in f32.
 struct ColumnSum;
 
 impl CustomOp1 for ColumnSum {
