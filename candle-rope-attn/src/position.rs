@@ -1,8 +1,7 @@
 //! Tables of position encodings, shared by every device: cosines and sines of RoPE, and the bias
 //! of each distance.
 
-use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::spec::{PositionEncoding, RelativeBias, Rope, RopePairing};
 
@@ -29,23 +28,29 @@ impl RopeTable {
 
     /// The table of `rope` for at least so many positions. Layers and steps share it.
     pub fn cached(rope: &Rope, positions: usize) -> Arc<Self> {
-        /// Frequencies in use at a time; beyond it all are made anew.
-        const CAPACITY: usize = 16;
-        static TABLES: LazyLock<Mutex<HashMap<Vec<u32>, Arc<RopeTable>>>> =
-            LazyLock::new(Default::default);
+        static CACHE: Mutex<RopeCache> = Mutex::new(RopeCache(Vec::new()));
+        let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.get(&rope.inv_freq, positions)
+    }
+}
 
-        let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
-        let key: Vec<u32> = rope.inv_freq.iter().map(|f| f.to_bits()).collect();
-        if let Some(table) = tables.get(&key)
-            && table.cos.len() >= positions * rope.inv_freq.len()
-        {
-            return table.clone();
+/// The longest table so far of each list of frequencies; those used last are at the end.
+struct RopeCache(Vec<(Vec<f32>, Arc<RopeTable>)>);
+
+impl RopeCache {
+    /// Frequencies in use at a time.
+    const CAPACITY: usize = 16;
+
+    fn get(&mut self, inv_freq: &[f32], positions: usize) -> Arc<RopeTable> {
+        let found = self.0.iter().position(|(key, _)| key == inv_freq);
+        let table = found
+            .map(|at| self.0.remove(at).1)
+            .filter(|table| table.cos.len() >= positions * inv_freq.len())
+            .unwrap_or_else(|| Arc::new(RopeTable::new(inv_freq, positions.next_power_of_two())));
+        if self.0.len() == Self::CAPACITY {
+            self.0.remove(0);
         }
-        if tables.len() >= CAPACITY {
-            tables.clear();
-        }
-        let table = Arc::new(Self::new(&rope.inv_freq, positions.next_power_of_two()));
-        tables.insert(key, table.clone());
+        self.0.push((inv_freq.to_vec(), table.clone()));
         table
     }
 }
@@ -175,12 +180,27 @@ mod tests {
 
     #[test]
     fn tables_grow_and_are_shared() {
-        let rope = Rope::from_inv_freq(vec![0.125, 0.0625], RopePairing::HalfSplit);
-        let table = RopeTable::cached(&rope, 3);
-        assert!(Arc::ptr_eq(&table, &RopeTable::cached(&rope, 4)));
-        let longer = RopeTable::cached(&rope, 5);
+        let mut cache = RopeCache(Vec::new());
+        let inv_freq = [0.125, 0.0625];
+        let table = cache.get(&inv_freq, 3);
+        assert!(Arc::ptr_eq(&table, &cache.get(&inv_freq, 4)));
+        let longer = cache.get(&inv_freq, 5);
         assert_eq!(longer.cos[..8], table.cos[..8]);
         assert_eq!(longer.sin[9], (4.0f64 * 0.0625).sin() as f32);
+        assert!(Arc::ptr_eq(&longer, &cache.get(&inv_freq, 3)));
+    }
+
+    #[test]
+    fn the_table_unused_for_longest_leaves_a_full_cache() {
+        let mut cache = RopeCache(Vec::new());
+        let mut get = |i: usize, positions| cache.get(&[i as f32], positions);
+        let tables: Vec<_> = (0..RopeCache::CAPACITY).map(|i| get(i, 1)).collect();
+        // A longer table takes the place of its shorter one.
+        get(0, 100);
+        assert!(Arc::ptr_eq(&tables[1], &get(1, 1)));
+        get(RopeCache::CAPACITY, 1);
+        assert!(Arc::ptr_eq(&tables[1], &get(1, 1)));
+        assert!(!Arc::ptr_eq(&tables[2], &get(2, 1)));
     }
 
     #[test]
