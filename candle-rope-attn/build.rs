@@ -3,7 +3,7 @@
 //! Files named `*_sm90.cu` may use Hopper's own instructions and are compiled for sm_90a alone; the
 //! others for sm_80 and sm_90, with PTX for later GPUs. Environment variables:
 //!
-//! - `CUDA_HOME` or `CUDA_PATH`: the CUDA toolkit, when its nvcc is not on `PATH`.
+//! - `CUDA_HOME` or `CUDA_PATH`: the CUDA toolkit, when it is not that of the nvcc on `PATH`.
 //! - `ATTN_ARCHS`: such as `90`, to compile the portable kernels for these only and build faster.
 //! - `NVCC_FLAGS`: more flags, such as `-lineinfo`.
 //!
@@ -96,17 +96,16 @@ fn build_kernels() -> Result<()> {
 }
 
 fn find_nvcc() -> Result<PathBuf> {
-    let folders = env::var_os("PATH").unwrap_or_default();
-    let on_path = env::split_paths(&folders).map(|folder| folder.join("nvcc"));
     let homes = ["CUDA_HOME", "CUDA_PATH"]
         .into_iter()
         .filter_map(env::var_os);
-    on_path
-        .chain(homes.map(|home| Path::new(&home).join("bin/nvcc")))
+    let folders = env::var_os("PATH").unwrap_or_default();
+    (homes.map(|home| Path::new(&home).join("bin/nvcc")))
+        .chain(env::split_paths(&folders).map(|folder| folder.join("nvcc")))
         .chain([PathBuf::from("/usr/local/cuda/bin/nvcc")])
         .find(|nvcc| nvcc.is_file())
         .ok_or_else(|| {
-            "the feature `cuda` needs nvcc, which is neither on PATH nor in CUDA_HOME or /usr/local/cuda; install the CUDA toolkit, or without root or GPU: scripts/cuda-toolkit.sh && source target/cuda/env.sh".into()
+            "the feature `cuda` needs nvcc, which is neither in CUDA_HOME or CUDA_PATH, nor on PATH, nor in /usr/local/cuda; install the CUDA toolkit, or without root or GPU: scripts/cuda-toolkit.sh && source target/cuda/env.sh".into()
         })
 }
 
@@ -121,7 +120,7 @@ fn nvcc_version(nvcc: &Path) -> Result<(u32, u32)> {
         .ok_or_else(|| format!("{} --version names no release: {text}", nvcc.display()))?;
     if version < MIN_CUDA {
         return Err(format!(
-            "{} is of CUDA {}.{}, but the kernels need {}.{} or newer; update the CUDA toolkit, or use scripts/cuda-toolkit.sh && source target/cuda/env.sh",
+            "{} is of CUDA {}.{}, but the kernels need {}.{} or newer; set CUDA_HOME to a newer CUDA toolkit, or without root or GPU: scripts/cuda-toolkit.sh && source target/cuda/env.sh",
             nvcc.display(), version.0, version.1, MIN_CUDA.0, MIN_CUDA.1
         )
         .into());
