@@ -108,6 +108,17 @@ typedef struct OpAdamW {
   double eps;
 } OpAdamW;
 
+ATTN_STATIC_ASSERT(offsetof(OpTensor, dtype) == 16, "OpTensor layout");
+ATTN_STATIC_ASSERT(sizeof(OpTensor) == 24, "OpTensor layout");
+ATTN_STATIC_ASSERT(offsetof(OpTable, count) == 16, "OpTable layout");
+ATTN_STATIC_ASSERT(sizeof(OpTable) == 24, "OpTable layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, grad) == 16, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, keep) == 40, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(sizeof(OpAdamWTensor) == 48, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamW, lr) == 24, "OpAdamW layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamW, eps) == 56, "OpAdamW layout");
+ATTN_STATIC_ASSERT(sizeof(OpAdamW) == 64, "OpAdamW layout");
+
 // One step for `count` tensors.
 int op_adamw(const OpAdamW* params, const OpAdamWTensor* tensors, int64_t count, void* stream);
 

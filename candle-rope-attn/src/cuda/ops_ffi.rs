@@ -2,6 +2,7 @@
 //! mean.
 
 use std::ffi::{c_int, c_void};
+use std::mem::offset_of;
 
 /// A tensor in device memory.
 #[repr(C)]
@@ -40,9 +41,15 @@ pub(crate) struct OpAdamW {
 }
 
 // The same as in the header.
+const _: () = assert!(offset_of!(OpTensor, dtype) == 16);
 const _: () = assert!(size_of::<OpTensor>() == 24);
+const _: () = assert!(offset_of!(OpTable, count) == 16);
 const _: () = assert!(size_of::<OpTable>() == 24);
+const _: () = assert!(offset_of!(OpAdamWTensor, grad) == 16);
+const _: () = assert!(offset_of!(OpAdamWTensor, keep) == 40);
 const _: () = assert!(size_of::<OpAdamWTensor>() == 48);
+const _: () = assert!(offset_of!(OpAdamW, lr) == 24);
+const _: () = assert!(offset_of!(OpAdamW, eps) == 56);
 const _: () = assert!(size_of::<OpAdamW>() == 64);
 
 pub(crate) const OP_LAYER_NORM_MAX_WIDTH: usize = 8192;
