@@ -19,11 +19,12 @@ mod simd;
 use std::f32::consts::LOG2_E;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Device, Layout, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, Device, Layout, Result, Tensor, WithDType};
 use rayon::prelude::*;
 
 use crate::batch::{Batch, View, qkv_views};
 use crate::element::Element;
+use crate::operand::Locked;
 use crate::ops::cpu::{with_element, zeros};
 use crate::philox::DropoutMask;
 use crate::position::{BiasTable, Rotation, fold_bias_gradient, table_len};
@@ -78,25 +79,26 @@ fn backward_in<T: Element>(
     batch: &Batch,
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
-    [out, d_out, lse]: [&Tensor; 3],
+    saved: [&Tensor; 3],
 ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-    let locked: Vec<_> = inputs.iter().map(|x| x.storage_and_layout()).collect();
+    let locked: Vec<_> = (inputs.iter().copied().chain(weight))
+        .map(Locked::new)
+        .collect();
     let storages = (locked.iter())
-        .map(|(storage, layout)| Ok((cpu_storage(storage)?, *layout)))
+        .map(|x| x.operand()?.cpu())
         .collect::<Result<Vec<_>>>()?;
-    let weight_locked = weight.map(Tensor::storage_and_layout);
-    let weight_storage = (weight_locked.as_ref())
-        .map(|(storage, _)| cpu_storage(storage))
-        .transpose()?;
-    let call = Attention::<T>::new(spec, batch, &storages, weight_storage)?;
+    let (storages, weight_storage) = storages.split_at(inputs.len());
+    let weight_storage = weight_storage.first().map(|(weight, _)| *weight);
+    let call = Attention::<T>::new(spec, batch, storages, weight_storage)?;
 
-    let (out, out_layout) = out.storage_and_layout();
-    let (d_out, d_out_layout) = d_out.storage_and_layout();
-    let (lse, _) = lse.storage_and_layout();
+    let [out, d_out, lse] = saved.map(Locked::new);
+    let (out, out_layout) = out.operand()?.cpu()?;
+    let (d_out, d_out_layout) = d_out.operand()?.cpu()?;
+    let (lse, _) = lse.operand()?.cpu()?;
     let saved = Saved {
-        out: Rows::new(cpu_storage(&out)?, View::new(out_layout))?,
-        d_out: Rows::new(cpu_storage(&d_out)?, View::new(d_out_layout))?,
-        lse: Rows::new(cpu_storage(&lse)?, batch.lse_view(spec.num_heads))?,
+        out: Rows::new(out, View::new(out_layout))?,
+        d_out: Rows::new(d_out, View::new(d_out_layout))?,
+        lse: Rows::new(lse, batch.lse_view(spec.num_heads))?,
     };
 
     let mut gradients: Vec<Vec<T>> = inputs.iter().map(|x| zeros(x.elem_count())).collect();
@@ -114,16 +116,6 @@ fn backward_in<T: Element>(
         .map(|(gradient, weight)| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu))
         .transpose()?;
     Ok((gradients, d_weight))
-}
-
-fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!(
-            "attention: got a tensor on {:?} among others on the CPU; move it with to_device",
-            storage.device().location()
-        ),
-    }
 }
 
 /// What all heads of a call share.

@@ -8,8 +8,9 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::ffi::{self, AttnParams, AttnTensor};
-use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor, upload};
+use super::{Pointers, alloc, alloc_storage, check, dtype_code, tensor, upload};
 use crate::batch::{Batch, View, qkv_views};
+use crate::operand::Locked;
 use crate::position::{BiasTable, RopeTable, distances};
 use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Rope, RopePairing};
 use crate::spec::{Sequences, Window};
@@ -57,23 +58,24 @@ pub(crate) fn backward(
     batch: &Batch,
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
-    [out, d_out, lse]: [&Tensor; 3],
+    saved: [&Tensor; 3],
 ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-    let locked: Vec<_> = inputs.iter().map(|x| x.storage_and_layout()).collect();
+    let locked: Vec<_> = (inputs.iter().copied().chain(weight))
+        .map(Locked::new)
+        .collect();
     let storages = (locked.iter())
-        .map(|(storage, layout)| Ok((cuda_storage(storage)?, *layout)))
+        .map(|x| x.operand()?.cuda())
         .collect::<Result<Vec<_>>>()?;
-    let weight_locked = weight.map(Tensor::storage_and_layout);
-    let weight_storage = (weight_locked.as_ref())
-        .map(|(storage, _)| cuda_storage(storage))
-        .transpose()?;
-    let call = Attention::new(spec, batch, &storages, weight_storage);
+    let (storages, weight_storage) = storages.split_at(inputs.len());
+    let weight_storage = weight_storage.first().map(|(weight, _)| *weight);
+    let call = Attention::new(spec, batch, storages, weight_storage);
     let stream = call.device().cuda_stream();
     let tables = call.tables(&stream)?;
 
-    let (out, out_layout) = out.storage_and_layout();
-    let (d_out, d_out_layout) = d_out.storage_and_layout();
-    let (lse, _) = lse.storage_and_layout();
+    let [out, d_out, lse] = saved.map(Locked::new);
+    let (out, out_layout) = out.operand()?.cuda()?;
+    let (d_out, d_out_layout) = d_out.operand()?.cuda()?;
+    let (lse, _) = lse.operand()?.cuda()?;
     let alloc_for = |x: &Tensor| alloc_storage(call.device(), x.dtype(), x.elem_count());
     let mut gradients = (inputs.iter())
         .map(|x| alloc_for(x))
@@ -83,16 +85,9 @@ pub(crate) fn backward(
 
     let mut pointers = Pointers::new(&stream)?;
     let mut params = call.params(&tables, &mut pointers)?;
-    params.o = call.rows(cuda_storage(&out)?, View::new(out_layout), &mut pointers)?;
-    params.d_o = call.rows(
-        cuda_storage(&d_out)?,
-        View::new(d_out_layout),
-        &mut pointers,
-    )?;
-    params.lse = pointers
-        .read_storage(cuda_storage(&lse)?)?
-        .cast_mut()
-        .cast();
+    params.o = call.rows(out, View::new(out_layout), &mut pointers)?;
+    params.d_o = call.rows(d_out, View::new(d_out_layout), &mut pointers)?;
+    params.lse = pointers.read_storage(lse)?.cast_mut().cast();
     let bases = (gradients.iter_mut())
         .map(|gradient| pointers.write_storage(gradient))
         .collect::<Result<Vec<_>>>()?;
