@@ -17,6 +17,8 @@ pub(crate) struct AttnTensor {
 pub(crate) const ATTN_BF16: i32 = 0;
 pub(crate) const ATTN_F16: i32 = 1;
 pub(crate) const ATTN_F32: i32 = 2;
+/// None of them.
+pub(crate) const NO_ATTN_DTYPE: i32 = -1;
 
 /// The default has no tensors and no feature but a window of 0 keys.
 #[repr(C)]

@@ -99,8 +99,15 @@ impl<'a> Pointers<'a> {
         pointer as *mut T
     }
 
-    /// As [`Self::read`], of F32, BF16, F16 or U32.
+    /// As [`Self::read`], of F32, BF16, F16 or U32 on the GPU of the stream.
     pub fn read_storage(&mut self, storage: &'a CudaStorage) -> Result<*const c_void> {
+        let stream = storage.device.cuda_stream();
+        let (found, expected) = (stream.context().ordinal(), self.stream.context().ordinal());
+        if found != expected {
+            bail!(
+                "got a tensor on GPU {found} among others on GPU {expected}; move it with to_device"
+            )
+        }
         Ok(with_slice!(&storage.slice, slice => self.read(slice).cast()))
     }
 
@@ -110,12 +117,13 @@ impl<'a> Pointers<'a> {
     }
 }
 
-/// The `AttnDtype` of a dtype that the operation has checked.
+/// The `AttnDtype` of a dtype; launchers refuse the code of one that has no kernels.
 pub(crate) fn dtype_code(dtype: DType) -> i32 {
     match dtype {
         DType::BF16 => ffi::ATTN_BF16,
         DType::F16 => ffi::ATTN_F16,
-        _ => ffi::ATTN_F32,
+        DType::F32 => ffi::ATTN_F32,
+        _ => ffi::NO_ATTN_DTYPE,
     }
 }
 
