@@ -19,8 +19,8 @@ pub fn keep_freed_memory() {
 
 /// Measures the highest memory in use from its start on, beyond what was in use then.
 ///
-/// Counts the tensors of a GPU, or the heap, for which the program must have installed
-/// [`PeakAlloc`] as its global allocator; otherwise it measures 0.
+/// Counts the tensors of a GPU that has memory pools, or the heap, for which the program must have
+/// installed [`PeakAlloc`] as its global allocator; otherwise it measures 0.
 pub struct PeakMeter<'a> {
     device: &'a Device,
     start: u64,
@@ -34,10 +34,7 @@ impl<'a> PeakMeter<'a> {
     pub fn start(device: &'a Device) -> Result<Self> {
         CudaMemory::reset_peak(device)?;
         PeakAlloc.reset_peak_usage();
-        let start = match CudaMemory::of(device)? {
-            Some(memory) => memory.used,
-            None => PeakAlloc.current_usage() as u64,
-        };
+        let [start, _] = used_and_peak(device)?;
         Ok(Self { device, start })
     }
 
@@ -46,10 +43,14 @@ impl<'a> PeakMeter<'a> {
     /// # Errors
     /// When the GPU's driver does not answer.
     pub fn peak_bytes(&self) -> Result<u64> {
-        let peak = match CudaMemory::of(self.device)? {
-            Some(memory) => memory.peak,
-            None => PeakAlloc.peak_usage() as u64,
-        };
+        let [_, peak] = used_and_peak(self.device)?;
         Ok(peak.saturating_sub(self.start))
     }
+}
+
+fn used_and_peak(device: &Device) -> Result<[u64; 2]> {
+    Ok(match device {
+        Device::Cpu => [PeakAlloc.current_usage(), PeakAlloc.peak_usage()].map(|n| n as u64),
+        _ => CudaMemory::of(device)?.map_or([0, 0], |memory| [memory.used, memory.peak]),
+    })
 }

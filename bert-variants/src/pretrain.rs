@@ -328,7 +328,7 @@ impl<'a> Plan<'a> {
             objective: id.objective,
             seed: id.seed,
             code_version: code_version(),
-            device: device_name(device),
+            device: device_name(device)?,
             parameters: parameters.all,
             position_parameters: parameters.positions,
             parameter_bytes: 4 * parameters.all,
@@ -423,12 +423,10 @@ fn code_version() -> String {
     }
 }
 
-fn device_name(device: &Device) -> String {
-    match device {
-        Device::Cpu => format!("cpu, {} threads", rayon::current_num_threads()),
-        Device::Cuda(_) => "cuda".to_string(),
-        Device::Metal(_) => "metal".to_string(),
-    }
+/// For the records of a run.
+fn device_name(device: &Device) -> Result<String> {
+    let gpu = candle_rope_attn::cuda_device_name(device)?;
+    Ok(gpu.unwrap_or_else(|| format!("cpu, {} threads", rayon::current_num_threads())))
 }
 
 /// The device of that name.

@@ -142,6 +142,18 @@ pub fn cuda_device(ordinal: usize) -> Result<Device> {
     )
 }
 
+/// The name of a GPU, such as `NVIDIA H100 80GB HBM3`, or `None` where `device` is none.
+///
+/// # Errors
+/// When the driver does not answer.
+pub fn cuda_device_name(device: &Device) -> Result<Option<String>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::device::name(device).map(Some),
+        _ => Ok(None),
+    }
+}
+
 /// Memory of a GPU that tensors use, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaMemory {
@@ -152,19 +164,19 @@ pub struct CudaMemory {
 }
 
 impl CudaMemory {
-    /// That of `device`, or `None` where it is no GPU.
+    /// That of `device`, or `None` where it is no GPU, or one that has no memory pools to count it.
     ///
     /// # Errors
     /// When the driver does not answer.
     pub fn of(device: &Device) -> Result<Option<Self>> {
         match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => cuda::device::memory(device).map(Some),
+            Device::Cuda(device) => cuda::device::memory(device),
             _ => Ok(None),
         }
     }
 
-    /// Sets the peak to what is in use now; does nothing where `device` is no GPU.
+    /// Sets the peak to what is in use now; does nothing where [`CudaMemory::of`] gives none.
     ///
     /// # Errors
     /// When the driver does not answer.

@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_rope_attn::{AttentionSpec, Sequences, attention, cuda_device};
+use candle_rope_attn::{AttentionSpec, Sequences, attention, cuda_device, cuda_device_name};
 use common::{devices, to_f64};
 
 fn gpu() -> Option<Device> {
@@ -22,6 +22,15 @@ fn a_missing_gpu_is_named() {
         None => "cannot start the NVIDIA driver",
     };
     assert!(error.starts_with(expected), "{error}");
+}
+
+#[test]
+fn a_gpu_has_a_name() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let name = cuda_device_name(&device)?;
+    assert!(name.is_some_and(|name| !name.trim().is_empty()));
+    assert_eq!(cuda_device_name(&Device::Cpu)?, None);
+    Ok(())
 }
 
 #[test]

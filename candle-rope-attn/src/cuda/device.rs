@@ -34,16 +34,19 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     if (major, minor) < MIN_COMPUTE_CAPABILITY {
         bail!(
             "GPU {ordinal} ({}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer (A100, RTX 30 series and later); choose another",
-            result::device::get_name(context.cu_device()).w()?,
+            context.name().w()?,
             MIN_COMPUTE_CAPABILITY.0,
             MIN_COMPUTE_CAPABILITY.1,
         )
     }
-    if context.has_async_alloc() {
-        keep_freed_memory(context)?;
-    }
+    keep_freed_memory(context)?;
     sum_in_f32(device.as_cuda_device()?)?;
     Ok(device)
+}
+
+/// See [`crate::cuda_device_name`].
+pub(crate) fn name(device: &CudaDevice) -> Result<String> {
+    device.cuda_stream().context().name().w()
 }
 
 /// Starts the driver, and checks that it is new enough.
@@ -83,7 +86,9 @@ fn check_driver() -> Result<()> {
 fn keep_freed_memory(context: &CudaContext) -> Result<()> {
     let mut threshold = u64::MAX;
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let pool = pool(context)?;
+    let Some(pool) = pool(context)? else {
+        return Ok(());
+    };
     // SAFETY: the pool exists, and the attribute is a u64.
     unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()) }.w()
 }
@@ -99,36 +104,45 @@ fn sum_in_f32(device: &CudaDevice) -> Result<()> {
 }
 
 /// See [`crate::CudaMemory::of`].
-pub(crate) fn memory(device: &CudaDevice) -> Result<CudaMemory> {
+pub(crate) fn memory(device: &CudaDevice) -> Result<Option<CudaMemory>> {
     use sys::CUmemPool_attribute::{
         CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
     };
-    let pool = pool(device.cuda_stream().context())?;
+    let Some(pool) = pool(device.cuda_stream().context())? else {
+        return Ok(None);
+    };
     let read = |attribute| -> Result<u64> {
         let mut bytes = 0u64;
         // SAFETY: the pool exists, and the attribute is a u64.
         unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()?;
         Ok(bytes)
     };
-    Ok(CudaMemory {
+    Ok(Some(CudaMemory {
         used: read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
         peak: read(CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-    })
+    }))
 }
 
 /// See [`crate::CudaMemory::reset_peak`].
 pub(crate) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    let Some(pool) = pool(device.cuda_stream().context())? else {
+        return Ok(());
+    };
     // Only 0 may be set, and means what is in use now.
     let mut bytes = 0u64;
-    let pool = pool(device.cuda_stream().context())?;
     // SAFETY: the pool exists, and the attribute is a u64.
     unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()
 }
 
-fn pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+/// The memory pool that tensors are allocated from, where the device has such.
+fn pool(context: &CudaContext) -> Result<Option<sys::CUmemoryPool>> {
+    if !context.has_async_alloc() {
+        return Ok(None);
+    }
     // SAFETY: the device of a context exists.
-    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.w()
+    let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) };
+    pool.map(Some).w()
 }
 
 /// The error, or a clearer one if GPU memory ran out.
