@@ -12,7 +12,7 @@ namespace attn {
 
 // Elementwise kernels: a block of threads takes some rows of kGroupHeads heads of one sequence.
 constexpr int kGroupHeads = 8, kGroupThreads = 256;
-constexpr int kMaxBuckets = 1024;
+constexpr int kMaxBuckets = 1024;  // RelativeBias::MAX_CUDA_BUCKETS
 
 // The caller's parameters with what the kernels derive from them on the host.
 struct KernelParams : AttnParams {

@@ -68,7 +68,8 @@
 //!
 //! # fn main() -> Result<()> {
 //! let (num_heads, head_dim, seqlen) = (4, 16, 50);
-//! // Below a quarter of the buckets, every distance in either direction has a bucket to itself.
+//! // Below a quarter of the buckets, every distance in either direction has a bucket to itself. On a
+//! // GPU, where `RelativeBias::MAX_CUDA_BUCKETS` are the most, that is up to 256 tokens.
 //! let buckets = RelativeBias {
 //!     num_buckets: 4 * seqlen,
 //!     max_distance: 2 * seqlen,

@@ -79,7 +79,8 @@ pub fn attention_qkvpacked(
 /// q, k and v are copied into one tensor; [`attention_qkvpacked_with_bias`] does without.
 ///
 /// # Errors
-/// As [`attention`], and when the encoding is another one or the weight's shape does not fit.
+/// As [`attention`], and when the encoding is another one, the weight's shape does not fit, or on a
+/// GPU there are more buckets than [`MAX_CUDA_BUCKETS`](crate::RelativeBias::MAX_CUDA_BUCKETS).
 pub fn attention_with_bias(
     q: &Tensor,
     k: &Tensor,
@@ -98,7 +99,8 @@ pub fn attention_with_bias(
 /// `[num_buckets, num_heads]` is differentiable too. It may have any float dtype.
 ///
 /// # Errors
-/// As [`attention`], and when the encoding is another one or the weight's shape does not fit.
+/// As [`attention`], and when the encoding is another one, the weight's shape does not fit, or on a
+/// GPU there are more buckets than [`MAX_CUDA_BUCKETS`](crate::RelativeBias::MAX_CUDA_BUCKETS).
 pub fn attention_qkvpacked_with_bias(
     qkv: &Tensor,
     weight: &Tensor,

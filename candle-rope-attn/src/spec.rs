@@ -53,7 +53,7 @@ impl Alibi {
 /// `weight` is `[num_buckets, num_heads]`; it is added to each scaled score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RelativeBias {
-    /// Rows of the weight.
+    /// Rows of the weight. At most [`RelativeBias::MAX_CUDA_BUCKETS`] on a GPU.
     pub num_buckets: usize,
     /// Distances from here on share the last bucket of their direction.
     pub max_distance: usize,
@@ -62,6 +62,9 @@ pub struct RelativeBias {
 }
 
 impl RelativeBias {
+    /// The most buckets that the CUDA kernels take.
+    pub const MAX_CUDA_BUCKETS: usize = 1024;
+
     /// The bucket of a key at `distance = key - query`, as transformers'
     /// `T5Attention._relative_position_bucket`.
     pub fn bucket(&self, distance: i64) -> usize {

@@ -4,7 +4,10 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_rope_attn::{AttentionSpec, Sequences, attention, cuda_device, cuda_device_name};
+use candle_rope_attn::{
+    AttentionSpec, PositionEncoding, RelativeBias, Sequences, attention,
+    attention_qkvpacked_with_bias, cuda_device, cuda_device_name,
+};
 use common::{devices, to_f64};
 
 fn gpu() -> Option<Device> {
@@ -30,6 +33,30 @@ fn a_gpu_has_a_name() -> Result<()> {
     let name = cuda_device_name(&device)?;
     assert!(name.is_some_and(|name| !name.trim().is_empty()));
     assert_eq!(cuda_device_name(&Device::Cpu)?, None);
+    Ok(())
+}
+
+#[test]
+fn too_many_buckets_are_refused_before_the_forward_pass() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let qkv = Tensor::zeros((1, 4, 3, 2, 8), DType::F32, &device)?;
+    let attend = |num_buckets| {
+        let bias = RelativeBias {
+            num_buckets,
+            max_distance: 1000,
+            bidirectional: true,
+        };
+        let weight = Tensor::zeros((num_buckets, 2), DType::F32, &device)?;
+        let spec = AttentionSpec::new(2, 8).with_position(PositionEncoding::RelativeBias(bias));
+        attention_qkvpacked_with_bias(&qkv, &weight, &spec, &Sequences::Dense)
+    };
+    attend(RelativeBias::MAX_CUDA_BUCKETS)?;
+    let error = match attend(RelativeBias::MAX_CUDA_BUCKETS + 1) {
+        Ok(_) => panic!("the kernels take more buckets than they say"),
+        Err(error) => error.to_string(),
+    };
+    assert!(error.contains("1025 buckets"), "{error}");
+    assert!(error.contains("at most 1024"), "{error}");
     Ok(())
 }
 

@@ -313,6 +313,13 @@ fn upload_buckets(
     bias: &RelativeBias,
     seqlen: usize,
 ) -> Result<Rc<CudaSlice<i32>>> {
+    if bias.num_buckets > RelativeBias::MAX_CUDA_BUCKETS {
+        bail!(
+            "attention on CUDA: got a relative bias of {} buckets, expected at most {}; use fewer buckets, or the CPU",
+            bias.num_buckets,
+            RelativeBias::MAX_CUDA_BUCKETS
+        )
+    }
     upload(device, (*bias, seqlen), |(bias, seqlen)| {
         let buckets = distances(*seqlen).map(|distance| bias.bucket(distance));
         buckets.map(|bucket| int("a bucket", bucket)).collect()
