@@ -2,12 +2,12 @@
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::{
-    Alibi, AttentionSpec, Dropout, PositionEncoding, Rope, RopePairing, RopeScaling, Sequences,
-    Window, attention_qkvpacked,
+    Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
+    Sequences, Window, attention_qkvpacked,
 };
-use common::{Case, check_case, max_error, to_f64};
+use common::{Case, check_case, devices, fused, max_error, to_f64};
 use proptest::prelude::*;
 
 const HEADS: usize = 2;
@@ -88,17 +88,56 @@ fn only_relative_positions_count() -> Result<()> {
 
 #[test]
 fn empty_inputs_give_empty_outputs() -> Result<()> {
-    let spec = AttentionSpec::new(HEADS, DIM);
-    for (shape, sequences) in [
-        (vec![0, 3, HEADS, DIM], Sequences::CuSeqlens(vec![0])),
-        (vec![0, 3, HEADS, DIM], Sequences::CuSeqlens(vec![0, 0, 0])),
-        (vec![0, 7, 3, HEADS, DIM], Sequences::Dense),
-        (vec![2, 0, 3, HEADS, DIM], Sequences::KeyLens(vec![0, 0])),
-    ] {
-        let qkv = candle_core::Var::zeros(shape, DType::F32, &Device::Cpu)?;
-        let out = attention_qkvpacked(&qkv, &spec, &sequences)?;
-        assert_eq!(out.elem_count(), 0);
-        out.sum_all()?.backward()?;
+    let bias = PositionEncoding::RelativeBias(RelativeBias {
+        num_buckets: 8,
+        max_distance: 20,
+        bidirectional: true,
+    });
+    for position in encodings()?.into_iter().chain([bias]) {
+        let spec = AttentionSpec::new(HEADS, DIM).with_position(position);
+        let with = |mut case: Case, sequences| {
+            case.sequences = sequences;
+            case
+        };
+        let dense = |batch, seqlen| Case::dense(spec.clone(), batch, seqlen);
+        for case in [
+            Case::packed(spec.clone(), &[]),
+            Case::packed(spec.clone(), &[0, 0]),
+            dense(0, 7),
+            dense(2, 0),
+            with(dense(2, 0), Sequences::KeyLens(vec![0, 0])),
+            with(dense(0, 7), Sequences::KeyLens(vec![])),
+            with(dense(0, 7), Sequences::KeyMask(vec![])),
+        ] {
+            for device in devices() {
+                check_empty(&case, &device)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_empty(case: &Case, device: &Device) -> Result<()> {
+    // CUDA has no empty memory, but an empty part of some.
+    let shape = case.packed_shape();
+    let some: Vec<usize> = shape.iter().map(|&n| n.max(1)).collect();
+    let some = Var::zeros(some, DType::F32, device)?;
+    let mut qkv = some.as_tensor().clone();
+    for (axis, &n) in shape.iter().enumerate() {
+        qkv = qkv.narrow(axis, 0, n)?;
+    }
+    let weight = match case.weight_shape() {
+        Some(shape) => Some(Var::ones(&shape, DType::F32, device)?),
+        None => None,
+    };
+    let out = fused(case, &qkv, weight.as_ref().map(Var::as_tensor))?;
+    assert_eq!(out.dims(), case.shape());
+    // Candle makes no empty gradients on a GPU.
+    if device.is_cpu() {
+        let gradients = out.sum_all()?.backward()?;
+        if let Some(gradient) = weight.and_then(|weight| gradients.get(&weight).cloned()) {
+            assert_eq!(to_f64(&gradient)?, vec![0.0; gradient.elem_count()]);
+        }
     }
     Ok(())
 }

@@ -94,8 +94,10 @@ pub(crate) fn backward(
     let layout = Layout::contiguous(inputs[0].shape());
     [params.dq, params.dk, params.dv] = qkv_views(&vec![&layout; inputs.len()])
         .map(|(input, view)| rows_at(bases[input], view, call.dtype()));
-    if let (Some(d_weight), Some(buckets)) = (&mut d_weight, &tables.buckets) {
+    if let Some(d_weight) = &mut d_weight {
         params.d_bias = pointers.write_storage(d_weight)?.cast();
+    }
+    if let Some(buckets) = &tables.buckets {
         params.bias_buckets = pointers.read(buckets);
     }
     // SAFETY: only reads the parameters.
@@ -223,6 +225,10 @@ impl<'a> Attention<'a> {
         let device = self.device();
         let seqlen = self.batch.seqlen;
         let mut tables = Tables::default();
+        if self.batch.total_tokens == 0 {
+            // No kernel will run, and CUDA has no empty memory.
+            return Ok(tables);
+        }
         match &self.batch.sequences {
             Sequences::Dense => {}
             Sequences::CuSeqlens(list) | Sequences::KeyLens(list) => {
