@@ -78,8 +78,9 @@ struct GroupIndex {
   }
 };
 
-// to = from rotated, for all rows and heads. A thread keeps the angles of its W pairs.
-template <class T, int W>
+// to = from rotated, or rotated back, for all rows and heads. A thread keeps the angles of its W
+// pairs.
+template <class T, int W, bool kInverse>
 __global__ void __launch_bounds__(kGroupThreads)
     rotate_kernel(const __grid_constant__ KernelParams p, AttnTensor from, AttnTensor to) {
   constexpr int kBatch = 4;  // heads with loads in flight at a time
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kGroupThreads)
   const int r = threadIdx.x / units, row = index.row_block * rows + r;
   if (r >= rows || row >= seq.len) return;
   const int pair0 = threadIdx.x % units * W;
-  const Rope::Turn<W> turn(rope, row, pair0, false);
+  const Rope::Turn<W> turn(rope, row, pair0, kInverse);
   const T* src = head_ptr<T>(from, index.batch, 0, seq.first_row) + row * from.row_stride;
   T* dst = head_ptr<T>(to, index.batch, 0, seq.first_row) + row * to.row_stride;
   for (int head0 = index.head0; head0 < index.end_head; head0 += kBatch) {
@@ -112,12 +113,12 @@ __global__ void __launch_bounds__(kGroupThreads)
   }
 }
 
-template <class T>
+template <class T, bool kInverse = false>
 int rotate(KernelParams p, const AttnTensor& from, const AttnTensor& to) {
   const int width = p.rope_vec ? kChunk<T> : 1;
   const int64_t blocks = p.group_grid(kGroupThreads / (p.head_dim / 2 / width));
-  return launch(p.rope_vec ? rotate_kernel<T, kChunk<T>> : rotate_kernel<T, 1>, blocks,
-                kGroupThreads, 0, p.stream, p, from, to);
+  return launch(p.rope_vec ? rotate_kernel<T, kChunk<T>, kInverse> : rotate_kernel<T, 1, kInverse>,
+                blocks, kGroupThreads, 0, p.stream, p, from, to);
 }
 
 inline int check(const AttnParams* p, std::initializer_list<const void*> required) {

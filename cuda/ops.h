@@ -1,6 +1,6 @@
 // The training operations besides attention, as C functions. candle-rope-attn/src/ops says what
-// each computes. Tensors are contiguous; `dtype` is an AttnDtype and that of every `void*`; sums
-// and arithmetic are in f32.
+// each computes. Tensors are contiguous except where strides are given; `dtype` is an AttnDtype and
+// that of every `void*`; sums and arithmetic are in f32.
 //
 // All enqueue on `stream` of the current device and return ATTN_OK, an AttnError, or a
 // cudaError_t. Results are the same bits on every call. Pointers need the alignment of their
@@ -77,6 +77,10 @@ int op_cross_entropy_fwd(int32_t dtype, const void* logits, const uint32_t* labe
 int op_cross_entropy_bwd(int32_t dtype, const void* logits, const uint32_t* labels,
                          const float* lse, const float* grad, void* d_logits, int64_t rows,
                          int64_t vocab, void* stream);
+
+// params->o is params->q with every row turned by its position in its sequence, or turned back if
+// `inverse`. Reads the RoPE tables, sizes, strides and cu_seqlens of params; the rest may be zero.
+int op_rope(const AttnParams* params, int32_t inverse);
 
 typedef struct OpTensor {
   const void* ptr;

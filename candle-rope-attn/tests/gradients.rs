@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, Sequences,
     Window, attention, attention_qkvpacked, attention_qkvpacked_with_bias, attention_with_bias,
-    ops::rope, reference,
+    reference,
 };
 use common::{Case, Inputs, Results, fused, to_f64};
 
@@ -294,29 +294,5 @@ fn dropout_drops_at_its_rate_and_by_its_seed() -> Result<()> {
     // 320,000 draws: one standard deviation of the mean is 1e-3.
     let mean = first.iter().sum::<f64>() / first.len() as f64;
     assert!((mean - 1.0).abs() < 5e-3, "{mean}");
-    Ok(())
-}
-
-#[test]
-fn the_rope_op_and_its_gradient_are_the_rotation_of_the_reference() -> Result<()> {
-    for pairing in [RopePairing::HalfSplit, RopePairing::Interleaved] {
-        let rotation = Rope::from_inv_freq(vec![1.0, 0.4, 0.05], pairing);
-        let sequences = Sequences::CuSeqlens(vec![0, 4, 4, 11]);
-        let positions: Vec<usize> = (0..4).chain(0..7).collect();
-        let (x, d_out) = (randn(&[11, 2, 6], 1)?, randn(&[11, 2, 6], 2)?);
-        let turned = |x: &Tensor, sign| -> Result<Vec<f64>> {
-            let mut x = to_f64(x)?;
-            reference::rotate(&rotation, 2, &mut x, sign, &positions);
-            Ok(x)
-        };
-        for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-            let out = rope(&x.to_dtype(dtype)?, &rotation, &sequences)?;
-            assert_eq!(out.dtype(), dtype);
-            assert!(common::max_error(&to_f64(&out)?, &turned(&x, 1.0)?) < tolerance);
-        }
-        let out = rope(&x, &rotation, &sequences)?;
-        let gradient = gradients(&out, &d_out, &[&x])?;
-        assert!(common::max_error(&gradient[0], &turned(&d_out, -1.0)?) < 1e-6);
-    }
     Ok(())
 }

@@ -8,12 +8,11 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 use super::ffi::{self, AttnParams, AttnTensor};
-use super::{Pointers, alloc, alloc_storage, check, dtype_code, tensor, upload};
+use super::{Pointers, alloc, alloc_storage, check, dtype_code, rope, tensor, upload};
 use crate::batch::{Batch, View, qkv_views};
 use crate::operand::Locked;
-use crate::position::{BiasTable, RopeTable, distances};
-use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Rope, RopePairing};
-use crate::spec::{Sequences, Window};
+use crate::position::{BiasTable, distances};
+use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Sequences, Window};
 
 /// Output of a call and the log-sum-exp of its rows (see [`Batch::lse_shape`]) in natural units.
 ///
@@ -169,25 +168,19 @@ impl<'a> Attention<'a> {
         });
         // Wider than any sequence is as good as none.
         let limit = |keys: Option<usize>| keys.and_then(|keys| keys.try_into().ok()).unwrap_or(-1);
+        let (num_heads, head_dim) = (self.spec.num_heads, self.spec.head_dim);
         let dropout = self.spec.dropout;
         let mut params = AttnParams {
             q: self.rows(q.0, q.1, pointers)?,
             k: self.rows(k.0, k.1, pointers)?,
             v: self.rows(v.0, v.1, pointers)?,
-            stream: pointers.stream(),
-            total_tokens: self.batch.total_tokens as i64,
-            batch: int("the number of sequences", self.batch.count)?,
-            seqlen: int("the longest sequence", self.batch.seqlen)?,
-            num_heads: int("num_heads", self.spec.num_heads)?,
-            head_dim: int("head_dim", self.spec.head_dim)?,
-            dtype: dtype_code(self.dtype()),
             causal: self.spec.causal.into(),
             window_left: limit(left),
             window_right: limit(right),
             softmax_scale: self.spec.softmax_scale,
             dropout_p: dropout.map_or(0.0, |dropout| dropout.p),
             dropout_seed: dropout.map_or(0, |dropout| dropout.seed),
-            ..Default::default()
+            ..sizes(self.batch, num_heads, head_dim, self.dtype(), pointers)?
         };
         match (&tables.sequences, &self.batch.sequences) {
             (Some(list), Sequences::CuSeqlens(_)) => params.cu_seqlens = pointers.read(list),
@@ -198,9 +191,7 @@ impl<'a> Attention<'a> {
             params.key_mask = pointers.read(mask);
         }
         if let (Some(table), PositionEncoding::Rope(rope)) = (&tables.rope, &self.spec.position) {
-            params.rope_cos = pointers.read(table);
-            params.rope_sin = params.rope_cos.wrapping_add(table.len() / 2);
-            params.rope_interleaved = (rope.pairing == RopePairing::Interleaved).into();
+            rope::set_table(&mut params, rope, table, pointers);
         }
         if let Some(bias) = &tables.bias {
             params.bias = pointers.read(bias);
@@ -232,9 +223,7 @@ impl<'a> Attention<'a> {
         match &self.batch.sequences {
             Sequences::Dense => {}
             Sequences::CuSeqlens(list) | Sequences::KeyLens(list) => {
-                tables.sequences = Some(upload(device, list.clone(), |list: &Vec<usize>| {
-                    list.iter().map(|&n| int("a sequence bound", n)).collect()
-                })?);
+                tables.sequences = Some(upload_list(device, list)?);
             }
             Sequences::KeyMask(mask) => {
                 tables.key_mask = Some(upload(device, mask.clone(), |mask: &Vec<bool>| {
@@ -244,7 +233,9 @@ impl<'a> Attention<'a> {
         }
         match &self.spec.position {
             PositionEncoding::None => {}
-            PositionEncoding::Rope(rope) => tables.rope = Some(upload_rope(device, rope, seqlen)?),
+            PositionEncoding::Rope(rope) => {
+                tables.rope = Some(rope::upload_table(device, rope, seqlen)?);
+            }
             PositionEncoding::Alibi(alibi) => {
                 tables.bias = Some(upload_alibi(device, alibi, seqlen)?);
             }
@@ -296,12 +287,10 @@ struct Tables {
     buckets: Option<Rc<CudaSlice<i32>>>,
 }
 
-fn upload_rope(device: &CudaDevice, rope: &Rope, seqlen: usize) -> Result<Rc<CudaSlice<f32>>> {
-    // Lengths of similar size share a table.
-    let key = (rope.clone(), seqlen.next_power_of_two());
-    upload(device, key, |(rope, positions)| {
-        let table = RopeTable::cached(rope, *positions);
-        Ok([&table.cos[..], &table.sin[..]].concat())
+/// Bounds or lengths of sequences.
+pub(super) fn upload_list(device: &CudaDevice, list: &[usize]) -> Result<Rc<CudaSlice<i32>>> {
+    upload(device, list.to_vec(), |list| {
+        list.iter().map(|&n| int("a sequence bound", n)).collect()
     })
 }
 
@@ -332,8 +321,28 @@ fn upload_buckets(
     })
 }
 
+/// The parameters that tell how large a call is.
+pub(super) fn sizes(
+    batch: &Batch,
+    num_heads: usize,
+    head_dim: usize,
+    dtype: DType,
+    pointers: &Pointers,
+) -> Result<AttnParams> {
+    Ok(AttnParams {
+        total_tokens: batch.total_tokens as i64,
+        batch: int("the number of sequences", batch.count)?,
+        seqlen: int("the longest sequence", batch.seqlen)?,
+        num_heads: int("num_heads", num_heads)?,
+        head_dim: int("head_dim", head_dim)?,
+        dtype: dtype_code(dtype),
+        stream: pointers.stream(),
+        ..Default::default()
+    })
+}
+
 /// The rows of that view in a storage that begins at `base`.
-fn rows_at(base: *mut c_void, view: View, dtype: DType) -> AttnTensor {
+pub(super) fn rows_at(base: *mut c_void, view: View, dtype: DType) -> AttnTensor {
     AttnTensor {
         ptr: base.wrapping_byte_add(view.start * dtype.size_in_bytes()),
         batch_stride: view.batch_stride as i64,
@@ -345,7 +354,7 @@ fn rows_at(base: *mut c_void, view: View, dtype: DType) -> AttnTensor {
 fn int(name: &str, value: usize) -> Result<i32> {
     value.try_into().or_else(|_| {
         bail!(
-            "attention on CUDA: {name} is {value}, more than {}; split the batch",
+            "on CUDA, {name} must be at most {}, got {value}; split the batch",
             i32::MAX
         )
     })

@@ -6,6 +6,7 @@ mod ffi;
 pub(crate) mod ops;
 mod ops_ffi;
 pub(crate) mod product;
+pub(crate) mod rope;
 mod upload;
 
 use std::ffi::{CStr, c_int, c_void};

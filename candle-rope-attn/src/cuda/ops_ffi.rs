@@ -4,6 +4,8 @@
 use std::ffi::{c_int, c_void};
 use std::mem::offset_of;
 
+use super::ffi::AttnParams;
+
 /// A tensor in device memory.
 #[repr(C)]
 pub(crate) struct OpTensor {
@@ -193,6 +195,7 @@ unsafe extern "C" {
         vocab: i64,
         stream: *mut c_void,
     ) -> c_int;
+    pub(crate) fn op_rope(params: *const AttnParams, inverse: i32) -> c_int;
     pub(crate) fn op_global_norm_partials(tensors: *const OpTensor, count: i64) -> i64;
     pub(crate) fn op_global_norm(
         tensors: *const OpTensor,

@@ -1,24 +1,31 @@
 //! Rotary position embedding as an operation of its own.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::{with_element, zeros};
 use crate::batch::{Batch, Sequence, View};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::element::{Element, check_dtype};
 use crate::op::contiguous_rows;
 use crate::position::{Rotation, Turn};
 use crate::spec::{Rope, Sequences};
+use crate::tape;
 
 /// Rotates every head of every row of `x` by the row's position in its sequence, as
 /// [`PositionEncoding::Rope`](crate::PositionEncoding::Rope) does inside attention.
 ///
 /// `x` is `[batch, seqlen, num_heads, head_dim]`, or `[total_tokens, num_heads, head_dim]` with
 /// [`Sequences::CuSeqlens`], F32, BF16 or F16; so is the result. Key padding changes nothing.
+/// The last axis should be contiguous (a copy is made otherwise); the others may have any stride.
 ///
 /// # Errors
-/// When `sequences` or `rope` does not fit the shape of `x`, or on another dtype.
+/// When `sequences` or `rope` does not fit the shape of `x`, on another dtype, or on a GPU when
+/// `head_dim` is above [`AttentionSpec::MAX_HEAD_DIM`](crate::AttentionSpec::MAX_HEAD_DIM).
 pub fn rope(x: &Tensor, rope: &Rope, sequences: &Sequences) -> Result<Tensor> {
     check_dtype("rope", x.dtype())?;
     let batch = match x.dims() {
@@ -31,11 +38,12 @@ pub fn rope(x: &Tensor, rope: &Rope, sequences: &Sequences) -> Result<Tensor> {
             rope.head_dim()
         ),
     };
-    contiguous_rows(x)?.apply_op1(Rotate {
+    let rotate = Rotate {
         rope: rope.clone(),
         batch,
         turn: Turn::Forward,
-    })
+    };
+    tape::apply1(rotate, &contiguous_rows(x)?)
 }
 
 #[derive(Clone)]
@@ -81,6 +89,11 @@ impl CustomOp1 for Rotate {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = with_element!(x.dtype(), T => self.cpu::<T>(x, layout)?);
         Ok((out, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::rope::rotate(&self.rope, &self.batch, self.turn, x, layout)
     }
 
     /// A rotation's transpose turns back.

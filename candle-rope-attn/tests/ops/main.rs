@@ -10,4 +10,5 @@ mod gelu;
 mod global_norm;
 mod layer_norm;
 mod linear;
+mod rope;
 mod threads;
