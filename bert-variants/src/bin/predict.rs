@@ -19,7 +19,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// The most probable tokens for each mask of a text, such as "Paris is in [MASK].".
+    /// The most probable tokens for each mask of a text, such as `Paris is in [MASK].`
     FillMask {
         #[command(flatten)]
         model: Model,

@@ -63,7 +63,7 @@ pub enum Objective {
 #[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Data")]
 pub struct DataConfig {
-    /// Text to train on: files, folders, or hf://datasets/OWNER/NAME[@REVISION][/PATH]. Without,
+    /// Text to train on: files, folders, or `hf://datasets/OWNER/NAME[@REVISION][/PATH]`. Without,
     /// the embedded corpus.
     #[arg(long, visible_alias = "data", value_name = "PATH", num_args = 1..)]
     pub sources: Vec<String>,
