@@ -329,6 +329,7 @@ impl<'a> Plan<'a> {
             seed: id.seed,
             code_version: code_version(),
             device: device_name(device)?,
+            continued: Vec::new(),
             parameters: parameters.all,
             position_parameters: parameters.positions,
             parameter_bytes: 4 * parameters.all,

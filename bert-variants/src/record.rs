@@ -43,10 +43,13 @@ pub struct RunHeader {
     pub objective: Objective,
     /// Seed of initialisation, data order, masks and dropout.
     pub seed: u64,
-    /// Version of this program, with the git commit where known.
+    /// Version of the program that started the run, with the git commit where known.
     pub code_version: String,
-    /// Device name, such as `cpu`.
+    /// Name of the device it started on, such as `cpu`.
     pub device: String,
+    /// Later starts by another version or on another device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub continued: Vec<Continuation>,
     /// All parameters, tied weights counted once.
     pub parameters: u64,
     /// Parameters of the position table alone, 0 without one.
@@ -63,13 +66,58 @@ pub struct RunHeader {
     pub train_config: Value,
 }
 
+/// Where another version of the program or another device went on with a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Continuation {
+    /// Optimizer steps done before.
+    pub step: u64,
+    /// See [`RunHeader::code_version`].
+    pub code_version: String,
+    /// See [`RunHeader::device`].
+    pub device: String,
+}
+
 impl RunHeader {
+    /// Every device of the run, in order.
+    pub fn devices(&self) -> String {
+        self.join(&self.device, |part| &part.device)
+    }
+
+    /// Every program version of the run, in order.
+    pub fn code_versions(&self) -> String {
+        self.join(&self.code_version, |part| &part.code_version)
+    }
+
+    fn join<'a>(&'a self, first: &'a str, of: fn(&'a Continuation) -> &'a str) -> String {
+        let mut names = vec![first];
+        names.extend(self.continued.iter().map(of));
+        names.dedup();
+        names.join(", then ")
+    }
+
+    /// Notes that the run goes on after optimizer step `step` as `header` says.
+    fn go_on(&mut self, step: u64, header: &Self) {
+        // What was made by those is made again.
+        self.continued.retain(|part| part.step < step);
+        let last = match self.continued.last() {
+            Some(part) => (&part.code_version, &part.device),
+            None => (&self.code_version, &self.device),
+        };
+        if last != (&header.code_version, &header.device) {
+            self.continued.push(Continuation {
+                step,
+                code_version: header.code_version.clone(),
+                device: header.device.clone(),
+            });
+        }
+    }
+
     /// What was set for all variants, seeds and objectives, by dotted path.
     pub(crate) fn settings(&self) -> BTreeMap<String, String> {
         let mut settings = BTreeMap::from([
             ("data".to_string(), self.data.clone()),
-            ("device".to_string(), self.device.clone()),
-            ("code_version".to_string(), self.code_version.clone()),
+            ("device".to_string(), self.devices()),
+            ("code_version".to_string(), self.code_versions()),
             ("total_steps".to_string(), self.total_steps.to_string()),
         ]);
         flatten("model_config", &self.model_config, &mut settings);
@@ -230,7 +278,7 @@ impl RunWriter {
     }
 
     /// Continues the records of the run in `dir` after optimizer step `step`, or from its very
-    /// beginning.
+    /// beginning, as the run that `header` describes.
     ///
     /// Training and evaluation records of later steps and the summary are dropped, so that the
     /// records of a resumed run equal those of an uninterrupted one. TensorBoard is told to drop
@@ -238,12 +286,18 @@ impl RunWriter {
     ///
     /// # Errors
     /// Where `dir` holds no run, or a line of it is no record.
-    pub fn resume(dir: &Path, step: Option<u64>) -> Result<Self> {
+    pub fn resume(dir: &Path, step: Option<u64>, header: &RunHeader) -> Result<Self> {
         let path = dir.join(METRICS_FILE);
         let mut kept = Vec::new();
-        for (record, _) in parse(&path, &read(&path)?)?.0 {
-            let keep = match &record {
-                Record::Run(_) => true,
+        for (mut record, _) in parse(&path, &read(&path)?)?.0 {
+            let keep = match &mut record {
+                Record::Run(run) => {
+                    match step {
+                        Some(step) => run.go_on(step, header),
+                        None => **run = header.clone(),
+                    }
+                    true
+                }
                 Record::Train(train) => Some(train.step) <= step,
                 Record::Eval(eval) => Some(eval.step) <= step,
                 Record::Summary(_) => false,

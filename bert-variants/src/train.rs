@@ -287,7 +287,7 @@ impl Trainer {
             checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, &progress)?;
         }
         let writer = if resume {
-            RunWriter::resume(dir, found.then_some(progress.step))?
+            RunWriter::resume(dir, found.then_some(progress.step), header)?
         } else {
             RunWriter::create(dir, header)?
         };

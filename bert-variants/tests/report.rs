@@ -24,6 +24,7 @@ fn header(variant: &str, seed: u64) -> RunHeader {
         seed,
         code_version: "0.1.0".to_string(),
         device: "cpu".to_string(),
+        continued: Vec::new(),
         parameters: 1_000_000 + table,
         position_parameters: table,
         parameter_bytes: 4 * (1_000_000 + table),
@@ -179,12 +180,35 @@ fn resumed_records_equal_uninterrupted_ones() {
     torn.extend(b"{\"kind\":\"tr");
     fs::write(&path, torn).unwrap();
 
-    let mut writer = RunWriter::resume(resumed.path(), Some(3)).unwrap();
+    let mut writer = RunWriter::resume(resumed.path(), Some(3), &header("bert", 1)).unwrap();
     records[6..]
         .iter()
         .for_each(|record| writer.write(record).unwrap());
     let read = |dir: &Path| fs::read_to_string(dir.join(METRICS_FILE)).unwrap();
     assert_eq!(read(resumed.path()), read(whole.path()));
+}
+
+#[test]
+fn the_header_tells_what_went_on_with_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &[]);
+    let on = |device: &str| RunHeader {
+        device: device.to_string(),
+        ..header("bert", 1)
+    };
+    let resume = |step, device| {
+        RunWriter::resume(dir.path(), step, &on(device)).unwrap();
+        read_run(dir.path()).unwrap().header
+    };
+    assert_eq!(resume(Some(2), "cpu"), on("cpu"));
+    assert_eq!(resume(Some(4), "gpu").devices(), "cpu, then gpu");
+    assert_eq!(resume(Some(6), "gpu").continued.len(), 1);
+    let last = resume(Some(8), "cpu");
+    assert_eq!(last.devices(), "cpu, then gpu, then cpu");
+    assert_eq!(last.code_versions(), "0.1.0");
+    // From a checkpoint before the first change.
+    assert_eq!(resume(Some(3), "cpu"), on("cpu"));
+    assert_eq!(resume(None, "gpu"), on("gpu"));
 }
 
 /// Castagnoli's CRC, bit by bit, masked as TensorFlow's records mask it.

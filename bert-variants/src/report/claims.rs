@@ -225,7 +225,7 @@ fn half_a_million(rope: &Group, absolute: &Group) -> (Verdict, String) {
 
 /// An equivalence: supported where the whole interval lies inside the margin.
 fn same_speed(rope: &Group, absolute: &Group) -> (Verdict, String) {
-    if rope.header().device != absolute.header().device {
+    if rope.header().devices() != absolute.header().devices() {
         return (Verdict::NotTested, "run on different devices".to_string());
     }
     let Some(faster) = rope.paired(absolute, summary::relative_speed) else {

@@ -98,7 +98,7 @@ fn render_run(run: &Run) -> Markup {
             p.note {
                 (run.path.display()) br;
                 "Data: " (header.data) br;
-                "Device: " (header.device) ", program " (header.code_version)
+                "Device: " (header.devices()) ", program " (header.code_versions())
             }
             p { "Model" }
             pre { (json(&header.model_config)) }
