@@ -113,6 +113,10 @@ pub struct ModelSize {
     /// Longest input, in tokens [default: --seq-len]
     #[arg(long)]
     pub max_position_embeddings: Option<usize>,
+    /// Standard deviation of the initial weights. Narrow models that sum up learned positions leave
+    /// the plateau of unigrams sooner with more.
+    #[arg(long, default_value_t = ModelSize::default().initializer_range)]
+    pub initializer_range: f64,
     /// Dropout after embeddings, attention and MLP.
     #[arg(long, default_value_t = ModelSize::default().hidden_dropout_prob)]
     pub hidden_dropout_prob: f64,
@@ -126,6 +130,7 @@ impl Default for ModelSize {
             num_attention_heads: 4,
             intermediate_size: None,
             max_position_embeddings: None,
+            initializer_range: 0.02,
             hidden_dropout_prob: 0.0,
         }
     }
@@ -255,6 +260,7 @@ impl PretrainConfig {
         if let Some(intermediate_size) = size.intermediate_size {
             config.intermediate_size = intermediate_size;
         }
+        config.initializer_range = size.initializer_range;
         config.dropout = Dropouts::of_hidden(size.hidden_dropout_prob);
         config.validate()?;
         ensure!(

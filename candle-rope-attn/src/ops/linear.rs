@@ -204,7 +204,7 @@ impl Linear {
 /// The tensor, copied if it has gaps, or begins where cuBLAS cannot read it.
 fn contiguous(x: &Tensor) -> Result<Tensor> {
     let offset = x.layout().start_offset() * x.dtype().size_in_bytes();
-    match x.device().is_cuda() && offset % 16 != 0 {
+    match x.device().is_cuda() && !offset.is_multiple_of(16) {
         true => x.force_contiguous(),
         false => x.contiguous(),
     }
