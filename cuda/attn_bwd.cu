@@ -1,6 +1,7 @@
 // Attention, backward: dq, dk, dv and d_bias from q, k, v, o, lse and d_o. Deterministic: no atomics.
 //
-//   stats = (lse, delta = keep * dot(d_o, o)) of each query; if RoPE: workspace <- rotated q and k
+//   stats = (lse, delta = keep * dot(d_o, o)) of each query; if RoPE and the forward kept none:
+//   workspace <- rotated q and k
 //   for each block of keys of each head (one thread block):                    dkv_kernel
 //     for each tile of queries that see some key of the block:
 //       start loading the next q, d_o, stats
@@ -531,11 +532,12 @@ int bwd(const AttnParams& params) {
   }
   workspace += stats_bytes(p);
   if (p.rope_cos != nullptr) {
-    for (AttnTensor* t : {&p.q, &p.k}) {
-      const AttnTensor rotated = workspace_tensor(p, workspace);
-      ATTN_RETURN_IF(rotate<T>(p, *t, rotated));
-      *t = rotated;
-      workspace += workspace_tensor_bytes(p);
+    if (p.rotated != nullptr) {
+      p.q = rotated_tensor(p, p.rotated, 0);
+      p.k = rotated_tensor(p, p.rotated, 1);
+    } else {
+      ATTN_RETURN_IF(rotate_qk<T>(p, workspace));
+      workspace += attn_rotated_bytes(&p);
     }
   }
   if (hopper) return bwd_sm90(p);
@@ -555,7 +557,8 @@ int bwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_bwd_workspace_bytes(const AttnParams* p) {
-  const size_t rotated = p->rope_cos != nullptr ? 2 * attn::workspace_tensor_bytes(*p) : 0;
+  const bool rotates = p->rope_cos != nullptr && p->rotated == nullptr;
+  const size_t rotated = rotates ? attn_rotated_bytes(p) : 0;
   return attn::stats_bytes(*p) + rotated + attn::block_buckets_bytes(*p);
 }
 

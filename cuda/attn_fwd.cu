@@ -1,7 +1,8 @@
 // Attention, forward: o = dropout(softmax(scale * rope(q) rope(k)^T + bias + mask)) v, and lse for
 // the backward.
 //
-//   if RoPE: workspace <- rotated k                    (one pass, 16-byte accesses)
+//   if RoPE: workspace <- rotated k                    (one pass, 16-byte accesses), or q and k,
+//            kept for the backward
 //   for each block of queries of each head (one thread block):
 //     load q; if RoPE, rotate it in shared memory
 //     for each tile of keys that some query of the block sees:
@@ -167,7 +168,10 @@ template <class T>
 int fwd(const AttnParams& params) {
   KernelParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o});
-  if (p.rope_cos != nullptr) {
+  if (p.rope_cos != nullptr && p.rotated != nullptr) {
+    ATTN_RETURN_IF(rotate_qk<T>(p, p.rotated));
+    p.rope_cos = p.rope_sin = nullptr;
+  } else if (p.rope_cos != nullptr) {
     const AttnTensor rotated = workspace_tensor(p, p.workspace);
     ATTN_RETURN_IF(rotate<T>(p, p.k, rotated));
     p.k = rotated;
@@ -183,8 +187,10 @@ int fwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_fwd_workspace_bytes(const AttnParams* p) {
-  return p->rope_cos != nullptr ? attn::workspace_tensor_bytes(*p) : 0;
+  return p->rope_cos != nullptr && p->rotated == nullptr ? attn::workspace_tensor_bytes(*p) : 0;
 }
+
+size_t attn_rotated_bytes(const AttnParams* p) { return 2 * attn::workspace_tensor_bytes(*p); }
 
 int attn_fwd(const AttnParams* p) {
   if (p == nullptr) return ATTN_ERR_NULL;

@@ -67,6 +67,9 @@ typedef struct AttnParams {
   // attn_fwd_workspace_bytes or attn_bwd_workspace_bytes bytes, 16-byte aligned; its contents need
   // not survive between calls.
   void* workspace;
+  // With RoPE, null or attn_rotated_bytes bytes, 16-byte aligned: q and k rotated, which the forward
+  // leaves there for the backward. Without, the backward rotates them again.
+  void* rotated;
   void* stream;           // cudaStream_t
   int64_t total_tokens;   // rows of all sequences; batch * seqlen when dense
   uint64_t dropout_seed;  // the same in both directions
@@ -90,14 +93,17 @@ typedef struct AttnParams {
 ATTN_STATIC_ASSERT(sizeof(AttnTensor) == 32, "AttnTensor layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, lse) == 256, "AttnParams layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 328, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 344, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 404, "AttnParams layout");
-ATTN_STATIC_ASSERT(sizeof(AttnParams) == 408, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 352, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 412, "AttnParams layout");
+ATTN_STATIC_ASSERT(sizeof(AttnParams) == 416, "AttnParams layout");
 
 // Bytes of workspace that a call with these parameters needs (no device access; pointers are only
 // compared with null). 0 means workspace may be null.
 size_t attn_fwd_workspace_bytes(const AttnParams* params);
 size_t attn_bwd_workspace_bytes(const AttnParams* params);
+
+// Bytes that AttnParams::rotated needs.
+size_t attn_rotated_bytes(const AttnParams* params);
 
 // Enqueue on params->stream of the current device. Return ATTN_OK, an AttnError, or a cudaError_t;
 // nothing was enqueued after an AttnError.

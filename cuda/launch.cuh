@@ -121,6 +121,23 @@ int rotate(KernelParams p, const AttnTensor& from, const AttnTensor& to) {
                 blocks, kGroupThreads, 0, p.stream, p, from, to);
 }
 
+// The two tensors of AttnParams::rotated.
+inline AttnTensor rotated_tensor(const AttnParams& p, void* rotated, int which) {
+  return workspace_tensor(p, static_cast<char*>(rotated) + which * workspace_tensor_bytes(p));
+}
+
+// Replaces q and k by their rotations at `rotated`.
+template <class T>
+int rotate_qk(KernelParams& p, void* rotated) {
+  int which = 0;
+  for (AttnTensor* t : {&p.q, &p.k}) {
+    const AttnTensor to = rotated_tensor(p, rotated, which++);
+    ATTN_RETURN_IF(rotate<T>(p, *t, to));
+    *t = to;
+  }
+  return ATTN_OK;
+}
+
 inline int check(const AttnParams* p, std::initializer_list<const void*> required) {
   for (const void* ptr : required) {
     if (ptr == nullptr) return ATTN_ERR_NULL;

@@ -5,7 +5,7 @@
 namespace attn {
 
 constexpr int kStepPiece = 4096;
-using StepList = TensorList<OpAdamWTensor, 64, kStepPiece>;
+using StepList = TensorList<OpAdamWTensor, 48, kStepPiece>;
 
 // What the elements of all tensors share; lies in OpAdamW::scalars.
 struct StepScalars {
@@ -33,13 +33,30 @@ __global__ void begin_step_kernel(const OpAdamW p, StepScalars* scalars) {
   scalars->second_scale = static_cast<float>(1.0 / sqrt(1.0 - pow(p.beta2, step)));
 }
 
+// W elements, which begin on a boundary of 2 * W bytes.
+template <class R, int W>
+__device__ __forceinline__ void store_rounded(R* to, const float (&x)[W]) {
+  R rounded[W];
+#pragma unroll
+  for (int i = 0; i < W; ++i) rounded[i] = from_float<R>(x[i]);
+  if constexpr (W == 4) {
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(rounded);
+  } else if constexpr (W == 8) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(rounded);
+  } else {
+    *to = rounded[0];
+  }
+}
+
 // The same arithmetic as ops/adamw.rs.
-template <class T, int W>
+// R: the dtype of the rounded parameter, f32 if there is none.
+template <class T, class R, int W>
 __device__ __forceinline__ void update(const OpAdamWTensor& tensor, int64_t begin, int64_t end,
                                        const StepScalars& scalars, const StepConstants& constants) {
   const T* grad = static_cast<const T*>(tensor.grad.ptr);
   float* first = tensor.moments;
   float* second = tensor.moments + tensor.grad.len;
+  R* rounded = static_cast<R*>(const_cast<void*>(tensor.rounded.ptr));
 #pragma unroll 2
   for (int64_t i = begin + threadIdx.x * W; i < end; i += kOpThreads * W) {
     float g[W], p[W], m[W], v[W];
@@ -56,6 +73,9 @@ __device__ __forceinline__ void update(const OpAdamWTensor& tensor, int64_t begi
              scalars.step_size * m[j] / (sqrtf(v[j]) * scalars.second_scale + constants.eps);
     }
     store_f32<W>(tensor.parameter + i, p);
+    if constexpr (sizeof(R) == 2) {
+      store_rounded<R, W>(rounded + i, p);
+    }
     store_f32<W>(first + i, m);
     store_f32<W>(second + i, v);
   }
@@ -70,14 +90,19 @@ __global__ void __launch_bounds__(kOpThreads)
   const OpAdamWTensor& tensor = list.find(begin);
   const int64_t len = tensor.grad.len, end = min(begin + kStepPiece, len);
   for_element_on_device(tensor.grad.dtype, [&]<class T>() {
-    const uintptr_t pointers = reinterpret_cast<uintptr_t>(tensor.parameter) |
-                               reinterpret_cast<uintptr_t>(tensor.moments) |
-                               reinterpret_cast<uintptr_t>(tensor.grad.ptr);
-    if (pointers % 16 == 0 && len % kChunk<T> == 0) {
-      update<T, kChunk<T>>(tensor, begin, end, s, constants);
-    } else {
-      update<T, 1>(tensor, begin, end, s, constants);
-    }
+    const auto step = [&]<class R>() {
+      const uintptr_t pointers = reinterpret_cast<uintptr_t>(tensor.parameter) |
+                                 reinterpret_cast<uintptr_t>(tensor.moments) |
+                                 reinterpret_cast<uintptr_t>(tensor.grad.ptr) |
+                                 reinterpret_cast<uintptr_t>(tensor.rounded.ptr);
+      if (pointers % 16 == 0 && len % kChunk<T> == 0) {
+        update<T, R, kChunk<T>>(tensor, begin, end, s, constants);
+      } else {
+        update<T, R, 1>(tensor, begin, end, s, constants);
+      }
+    };
+    // Null is of f32.
+    for_element_on_device(tensor.rounded.dtype, step);
   });
 }
 
@@ -86,7 +111,9 @@ __global__ void __launch_bounds__(kOpThreads)
 int op_adamw(const OpAdamW* params, const OpAdamWTensor* tensors, int64_t count, void* stream) {
   using namespace attn;
   for (int64_t i = 0; i < count; ++i) {
-    if (!is_dtype(tensors[i].grad.dtype)) return ATTN_ERR_DTYPE;
+    if (!is_dtype(tensors[i].grad.dtype) || !is_dtype(tensors[i].rounded.dtype)) {
+      return ATTN_ERR_DTYPE;
+    }
   }
   auto* scalars = reinterpret_cast<StepScalars*>(params->scalars);
   ATTN_RETURN_IF(launch(begin_step_kernel, 1, 1, 0, stream, *params, scalars));

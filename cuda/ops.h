@@ -98,6 +98,7 @@ typedef struct OpAdamWTensor {
   float* parameter;  // [grad.len]
   float* moments;    // [2, grad.len]
   OpTensor grad;
+  OpTensor rounded;  // [grad.len], the parameter in another dtype; or ptr is null
   float keep;  // 1 - lr * weight_decay
 } OpAdamWTensor;
 
@@ -117,8 +118,8 @@ ATTN_STATIC_ASSERT(sizeof(OpTensor) == 24, "OpTensor layout");
 ATTN_STATIC_ASSERT(offsetof(OpTable, count) == 16, "OpTable layout");
 ATTN_STATIC_ASSERT(sizeof(OpTable) == 24, "OpTable layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, grad) == 16, "OpAdamWTensor layout");
-ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, keep) == 40, "OpAdamWTensor layout");
-ATTN_STATIC_ASSERT(sizeof(OpAdamWTensor) == 48, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, keep) == 64, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(sizeof(OpAdamWTensor) == 72, "OpAdamWTensor layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamW, lr) == 24, "OpAdamW layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamW, eps) == 56, "OpAdamW layout");
 ATTN_STATIC_ASSERT(sizeof(OpAdamW) == 64, "OpAdamW layout");

@@ -30,7 +30,7 @@ class Tensor(ctypes.Structure):
 
 TENSORS = ["q", "k", "v", "o", "d_o", "dq", "dk", "dv"]
 POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "bias", "bias_buckets",
-            "d_bias", "workspace", "stream"]
+            "d_bias", "workspace", "rotated", "stream"]
 INTS = ["batch", "seqlen", "num_heads", "head_dim", "dtype", "causal", "window_left",
         "window_right", "rope_interleaved", "num_buckets"]
 

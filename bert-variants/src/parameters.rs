@@ -4,10 +4,13 @@
 //! of a layer are one parameter, `attention.self.qkv`, so that they are one matrix product.
 //! `names.rs` says what the weights are called on disk.
 
+use std::cell::RefCell;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_rope_attn::ops::Gradients;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
@@ -71,6 +74,8 @@ pub struct Parameters {
     vars: Vec<(String, Var)>,
     index: HashMap<String, usize>,
     frozen: HashSet<String>,
+    /// Values in the dtype that models compute in, by name, once one asked for them.
+    rounded: RefCell<HashMap<String, Var>>,
 }
 
 impl Parameters {
@@ -110,6 +115,7 @@ impl Parameters {
             index: index.collect(),
             vars,
             frozen: HashSet::new(),
+            rounded: RefCell::default(),
         })
     }
 
@@ -146,8 +152,11 @@ impl Parameters {
     /// # Errors
     /// When they are of other parameters.
     pub(crate) fn assign(&self, values: &[Tensor]) -> Result<()> {
-        for ((_, var), value) in self.vars.iter().zip(values) {
+        for ((name, var), value) in self.vars.iter().zip(values) {
             var.set(value)?;
+            if let Some(rounded) = self.rounded(name) {
+                rounded.set(&value.to_dtype(rounded.dtype())?)?;
+            }
         }
         Ok(())
     }
@@ -168,6 +177,58 @@ impl Parameters {
         } else {
             tensor.detach()
         })
+    }
+
+    /// As [`Self::get`], in `dtype`: values that are kept rounded, and that have a gradient of
+    /// their own, see [`Self::gradients`]. An optimizer made later keeps them up to date.
+    ///
+    /// # Errors
+    /// As [`Self::get`], and when all models do not compute in one dtype.
+    pub(crate) fn get_as(&self, name: &str, dtype: DType, trainable: bool) -> Result<Tensor> {
+        let tensor = self.get(name, trainable)?;
+        if dtype == DType::F32 {
+            return Ok(tensor);
+        }
+        let mut rounded = self.rounded.borrow_mut();
+        let var = match rounded.entry(name.to_string()) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(place) => {
+                place.insert(Var::from_tensor(&tensor.detach().to_dtype(dtype)?)?)
+            }
+        };
+        ensure!(
+            var.dtype() == dtype,
+            "{name} is in use as {:?}, and cannot be used as {dtype:?} too",
+            var.dtype()
+        );
+        Ok(match tensor.is_variable() {
+            true => var.as_tensor().clone(),
+            false => var.as_detached_tensor(),
+        })
+    }
+
+    /// The values that [`Self::get_as`] gave.
+    pub(crate) fn rounded(&self, name: &str) -> Option<Var> {
+        self.rounded.borrow().get(name).cloned()
+    }
+
+    /// Takes out the gradients of the trained parameters, in their order.
+    ///
+    /// # Errors
+    /// Names a parameter without one.
+    pub(crate) fn gradients(&self, found: &mut Gradients) -> Result<Vec<Tensor>> {
+        let gradients = self.trained().map(|(name, var)| {
+            let rounded = self
+                .rounded(name)
+                .and_then(|rounded| found.remove(&rounded));
+            match (found.remove(var), rounded) {
+                (Some(a), Some(b)) => Ok((a + b)?),
+                (one, other) => one
+                    .or(other)
+                    .with_context(|| format!("{name} got no gradient")),
+            }
+        });
+        gradients.collect()
     }
 
     /// Where they are.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -165,6 +165,7 @@ impl TrainConfig {
         let parameters = parameters.vars().iter().map(|(name, var)| Parameter {
             var: var.clone(),
             weight_decay: if decays(name) { self.weight_decay } else { 0.0 },
+            rounded: parameters.rounded(name),
         });
         let betas = (self.adam_beta1, self.adam_beta2);
         Ok(AdamW::new(parameters.collect(), betas, self.adam_epsilon)?)
@@ -282,6 +283,7 @@ impl Trainer {
                 Progress::default(),
             )
         };
+        let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?;
         let mut optimizer = config.optimizer(&parameters)?;
         if found {
             checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, &progress)?;
@@ -292,7 +294,7 @@ impl Trainer {
             RunWriter::create(dir, header)?
         };
         Ok(Self {
-            model: LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?,
+            model,
             clock: Stopwatch::new(progress.seconds),
             checkpoint,
             config: config.clone(),
@@ -381,11 +383,7 @@ impl Trainer {
             tape.backward(&loss, share, &mut gradients)?;
             losses.push((loss.detach() * share)?);
         }
-        let gradients = self.parameters.vars().iter().map(|(name, var)| {
-            let gradient = gradients.remove(var);
-            gradient.with_context(|| format!("{name} got no gradient"))
-        });
-        let gradients = gradients.collect::<Result<_>>()?;
+        let gradients = self.parameters.gradients(&mut gradients)?;
         Ok((Tensor::stack(&losses, 0)?.sum(0)?, gradients))
     }
 

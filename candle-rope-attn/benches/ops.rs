@@ -97,6 +97,7 @@ fn optimizer(c: &mut Criterion) -> Result<()> {
     let parameter = Parameter {
         var: var.clone(),
         weight_decay: 0.1,
+        rounded: None,
     };
     let mut ours = AdamW::new(vec![parameter], (0.9, 0.999), 1e-8)?;
     let grads = [grad.clone()];

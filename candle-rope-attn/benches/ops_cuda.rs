@@ -109,7 +109,11 @@ impl Bench {
             let rows = if i % 2 == 0 { 1 } else { 1432 };
             let var = self.var(&[rows, WIDTH], DType::F32)?;
             let weight_decay = 0.01;
-            parameters.push(Parameter { var, weight_decay });
+            parameters.push(Parameter {
+                var,
+                weight_decay,
+                rounded: None,
+            });
         }
         let grads = parameters
             .iter()

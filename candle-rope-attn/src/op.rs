@@ -220,6 +220,8 @@ struct Attention {
     /// The log-sum-exp, of [`Batch::lse_shape`], from the forward for the backward pass, in the
     /// units of the device's kernel. None if there will be no backward pass.
     lse: Option<OnceLock<Tensor>>,
+    /// q and k rotated, where the device's kernels keep them for the backward pass.
+    rotated: OnceLock<Tensor>,
 }
 
 impl Attention {
@@ -231,6 +233,7 @@ impl Attention {
             batch,
             flat,
             lse: tracked.then(OnceLock::new),
+            rotated: OnceLock::new(),
         }
     }
 
@@ -297,13 +300,15 @@ impl Attention {
             .collect();
         let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
         let out_layout = Layout::contiguous(self.heads_shape());
-        let (out, lse) =
-            cuda::attention::forward(&self.spec, &self.batch, &inputs, weight, &out_layout)?;
+        let (spec, batch, keep) = (&self.spec, &self.batch, self.lse.is_some());
+        let found = cuda::attention::forward(spec, batch, &inputs, weight, &out_layout, keep)?;
         if let Some(saved) = &self.lse {
-            let shape = self.batch.lse_shape(self.spec.num_heads);
-            saved.get_or_init(|| cuda::tensor(lse, shape));
+            saved.get_or_init(|| found.lse);
         }
-        Ok((out, self.output_shape()))
+        if let Some(rotated) = found.rotated {
+            self.rotated.get_or_init(|| rotated);
+        }
+        Ok((found.out, self.output_shape()))
     }
 
     /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight.
@@ -343,7 +348,8 @@ impl Attention {
             Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                cuda::attention::backward(&self.spec, &self.batch, inputs, weight, saved)
+                let rotated = self.rotated.get();
+                cuda::attention::backward(&self.spec, &self.batch, inputs, weight, saved, rotated)
             }
             device => bail!("attention: no backward pass on {:?}", device.location()),
         }

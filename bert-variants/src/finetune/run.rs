@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_rope_attn::ops::{AdamW, Parameter, global_norm};
+use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -110,7 +110,6 @@ pub(super) struct Run<'a> {
     model_config: BertConfig,
     parameters: Parameters,
     encoder: TextEncoder,
-    optimizer: LayerwiseAdamW,
     records: File,
     step: u64,
 }
@@ -169,7 +168,6 @@ impl<'a> Run<'a> {
                 .parameters
                 .freeze(|name| depth(name, &model_config) <= layers);
         }
-        let optimizer = LayerwiseAdamW::new(&pretrained.parameters, &model_config, &config.train)?;
         let dir = config.run.out.join(format!("seed{seed}"));
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(METRICS_FILE);
@@ -188,7 +186,6 @@ impl<'a> Run<'a> {
             model_config,
             parameters: pretrained.parameters,
             encoder,
-            optimizer,
             records,
             step: 0,
         })
@@ -209,6 +206,7 @@ impl<'a> Run<'a> {
         let schedule = settings.schedule(settings.epochs * steps_per_epoch);
         let dtype = settings.dtype.dtype();
         let model = SequenceClassifier::new(&self.model_config, &self.parameters, true, dtype)?;
+        let mut optimizer = LayerwiseAdamW::new(&self.parameters, &self.model_config, settings)?;
 
         let mut window = Window::default();
         let mut history = History::default();
@@ -218,7 +216,7 @@ impl<'a> Run<'a> {
             for (batch, done) in order.chunks(settings.batch_size).zip(1u64..) {
                 let start = Instant::now();
                 window.lr = schedule.lr(self.step);
-                self.train_step(&model, &train, batch, &mut window)?;
+                self.train_step(&model, &mut optimizer, &train, batch, &mut window)?;
                 let evaluate = done.is_multiple_of(eval_every) || done == steps_per_epoch;
                 if evaluate || self.step.is_multiple_of(settings.log_every) {
                     self.log(&mut window)?;
@@ -278,6 +276,7 @@ impl<'a> Run<'a> {
     fn train_step(
         &mut self,
         model: &SequenceClassifier,
+        optimizer: &mut LayerwiseAdamW,
         texts: &[Encoded],
         batch: &[usize],
         window: &mut Window,
@@ -285,22 +284,17 @@ impl<'a> Run<'a> {
         let place = self.step.to_le_bytes();
         let dropout_seed = xxh3_64_with_seed(&place, self.seed ^ 0x5eed);
         let tokens = self.encoder.batch(batch.iter().map(|&i| &texts[i]));
-        let logits = model.logits(&tokens.tokens(), Some(dropout_seed))?;
-        let labels = batch.iter().map(|&i| &self.dataset.train[i]);
         let smoothing = self.config.train.label_smoothing;
-        let loss = self.loss(&logits, labels, smoothing)?;
-        let mut gradients = loss.backward()?;
-        let found: Vec<Tensor> = self
-            .parameters
-            .trained()
-            .map(|(name, var)| {
-                let gradient = gradients.remove(var);
-                gradient.with_context(|| format!("{name} got no gradient"))
-            })
-            .collect::<Result<_>>()?;
+        let (loss, tape) = Tape::record(|| {
+            let logits = model.logits(&tokens.tokens(), Some(dropout_seed))?;
+            let labels = batch.iter().map(|&i| &self.dataset.train[i]);
+            self.loss(&logits, labels, smoothing)
+        })?;
+        let mut gradients = Gradients::default();
+        tape.backward(&loss, 1.0, &mut gradients)?;
+        let found = self.parameters.gradients(&mut gradients)?;
         let norm = global_norm(&found)?;
-        self.optimizer
-            .step(&found, window.lr, &norm, self.config.train.max_grad_norm)?;
+        optimizer.step(&found, window.lr, &norm, self.config.train.max_grad_norm)?;
         window.losses.push(loss.detach());
         window.norms.push(norm);
         self.step += 1;
@@ -535,6 +529,7 @@ impl LayerwiseAdamW {
                 } else {
                     0.0
                 },
+                rounded: parameters.rounded(name),
             };
             match groups.iter_mut().find(|group| group.0 == scale) {
                 Some((_, indices, parameters)) => {

@@ -114,6 +114,7 @@ impl Encoder {
         let weights = Weights {
             parameters,
             trainable,
+            dtype,
             config,
         };
         let relative = matches!(config.position, Position::RelativeBias { .. });

@@ -98,6 +98,7 @@ fn build(
     let head = Head::new(&Weights {
         parameters,
         trainable,
+        dtype,
         config,
     })?;
     Ok((encoder, head))
@@ -477,6 +478,7 @@ impl SentenceEncoder {
         let weights = Weights {
             parameters,
             trainable,
+            dtype,
             config,
         };
         Ok(Self {

@@ -12,6 +12,8 @@ use crate::parameters::Parameters;
 pub(super) struct Weights<'a> {
     pub parameters: &'a Parameters,
     pub trainable: bool,
+    /// What the model computes in.
+    pub dtype: DType,
     pub config: &'a BertConfig,
 }
 
@@ -21,11 +23,13 @@ impl Weights<'_> {
     }
 
     pub fn linear(&self, name: &str, bias: bool) -> Result<Linear> {
+        let get = |part| {
+            let name = format!("{name}.{part}");
+            self.parameters.get_as(&name, self.dtype, self.trainable)
+        };
         Ok(Linear {
-            weight: self.get(&format!("{name}.weight"))?,
-            bias: bias
-                .then(|| self.get(&format!("{name}.bias")))
-                .transpose()?,
+            weight: get("weight")?,
+            bias: bias.then(|| get("bias")).transpose()?,
         })
     }
 

@@ -14,7 +14,16 @@ use crate::operand::Locked;
 use crate::position::{BiasTable, distances};
 use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Sequences, Window};
 
-/// Output of a call and the log-sum-exp of its rows (see [`Batch::lse_shape`]) in natural units.
+/// Results of a forward pass.
+pub(crate) struct Forward {
+    pub out: CudaStorage,
+    /// The log-sum-exp of the rows (see [`Batch::lse_shape`]) in natural units.
+    pub lse: Tensor,
+    /// q and k rotated, for the backward pass.
+    pub rotated: Option<Tensor>,
+}
+
+/// Computes the output of a call; `keep_rotated` what a backward pass needs not compute again.
 ///
 /// `inputs` are q, k and v, or one packed tensor; `weight` is that of
 /// [`PositionEncoding::RelativeBias`], contiguous f32.
@@ -24,40 +33,53 @@ pub(crate) fn forward(
     inputs: &[(&CudaStorage, &Layout)],
     weight: Option<&CudaStorage>,
     out_layout: &Layout,
-) -> Result<(CudaStorage, CudaStorage)> {
+    keep_rotated: bool,
+) -> Result<Forward> {
     let call = Attention::new(spec, batch, inputs, weight);
     let stream = call.device().cuda_stream();
     let tables = call.tables(&stream)?;
     let mut out = alloc_storage(call.device(), call.dtype(), out_layout.shape().elem_count())?;
     let rows = batch.total_tokens * spec.num_heads;
     let mut lse = alloc_storage(call.device(), DType::F32, rows)?;
-    let mut workspace;
+    let (mut workspace, mut rotated) = (None, None);
 
     let mut pointers = Pointers::new(&stream)?;
     let mut params = call.params(&tables, &mut pointers)?;
+    // SAFETY: only reads the parameters.
+    let bytes = unsafe { ffi::attn_rotated_bytes(&params) };
+    let elements = bytes / call.dtype().size_in_bytes();
+    if keep_rotated && tables.rope.is_some() {
+        let storage = alloc_storage(call.device(), call.dtype(), elements)?;
+        params.rotated = pointers.write_storage(rotated.insert(storage))?;
+    }
     let base = pointers.write_storage(&mut out)?;
     params.o = rows_at(base, View::new(out_layout), call.dtype());
     params.lse = pointers.write_storage(&mut lse)?.cast();
     // SAFETY: only reads the parameters.
     let bytes = unsafe { ffi::attn_fwd_workspace_bytes(&params) };
-    workspace = alloc::<u8>(call.device(), bytes)?;
-    params.workspace = pointers.write(&mut workspace).cast();
+    let workspace = workspace.insert(alloc::<u8>(call.device(), bytes)?);
+    params.workspace = pointers.write(workspace).cast();
     // SAFETY: the pointers are live device memory of the shapes and strides in `params`, which the
     // operation has checked, and stay so until the launches are enqueued.
     let code = unsafe { ffi::attn_fwd(&params) };
     check(code, || call.describe("forward"))?;
     drop(pointers);
-    Ok((out, lse))
+    Ok(Forward {
+        out,
+        lse: tensor(lse, batch.lse_shape(spec.num_heads)),
+        rotated: rotated.map(|rotated| tensor(rotated, elements)),
+    })
 }
 
 /// Gradients of `inputs` and `weight`, which are as in [`forward`], from the output, its gradient
-/// and the log-sum-exp.
+/// and the log-sum-exp; and from [`Forward::rotated`].
 pub(crate) fn backward(
     spec: &AttentionSpec,
     batch: &Batch,
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
     saved: [&Tensor; 3],
+    rotated: Option<&Tensor>,
 ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
     let locked: Vec<_> = (inputs.iter().copied().chain(weight))
         .map(Locked::new)
@@ -75,6 +97,7 @@ pub(crate) fn backward(
     let (out, out_layout) = out.operand()?.cuda()?;
     let (d_out, d_out_layout) = d_out.operand()?.cuda()?;
     let (lse, _) = lse.operand()?.cuda()?;
+    let rotated = rotated.map(Locked::new);
     let alloc_for = |x: &Tensor| alloc_storage(call.device(), x.dtype(), x.elem_count());
     let mut gradients = (inputs.iter())
         .map(|x| alloc_for(x))
@@ -87,6 +110,11 @@ pub(crate) fn backward(
     params.o = call.rows(out, View::new(out_layout), &mut pointers)?;
     params.d_o = call.rows(d_out, View::new(d_out_layout), &mut pointers)?;
     params.lse = pointers.read_storage(lse)?.cast_mut().cast();
+    if let Some(rotated) = &rotated {
+        params.rotated = pointers
+            .read_storage(rotated.operand()?.cuda()?.0)?
+            .cast_mut();
+    }
     let bases = (gradients.iter_mut())
         .map(|gradient| pointers.write_storage(gradient))
         .collect::<Result<Vec<_>>>()?;

@@ -42,6 +42,7 @@ pub(crate) struct AttnParams {
     pub bias_buckets: *const i32,
     pub d_bias: *mut f32,
     pub workspace: *mut c_void,
+    pub rotated: *mut c_void,
     pub stream: *mut c_void,
     pub total_tokens: i64,
     pub dropout_seed: u64,
@@ -63,13 +64,14 @@ pub(crate) struct AttnParams {
 const _: () = assert!(size_of::<AttnTensor>() == 32);
 const _: () = assert!(offset_of!(AttnParams, lse) == 256);
 const _: () = assert!(offset_of!(AttnParams, workspace) == 328);
-const _: () = assert!(offset_of!(AttnParams, total_tokens) == 344);
-const _: () = assert!(offset_of!(AttnParams, dropout_p) == 404);
-const _: () = assert!(size_of::<AttnParams>() == 408);
+const _: () = assert!(offset_of!(AttnParams, total_tokens) == 352);
+const _: () = assert!(offset_of!(AttnParams, dropout_p) == 412);
+const _: () = assert!(size_of::<AttnParams>() == 416);
 
 unsafe extern "C" {
     pub(crate) fn attn_fwd_workspace_bytes(params: *const AttnParams) -> usize;
     pub(crate) fn attn_bwd_workspace_bytes(params: *const AttnParams) -> usize;
+    pub(crate) fn attn_rotated_bytes(params: *const AttnParams) -> usize;
     pub(crate) fn attn_fwd(params: *const AttnParams) -> c_int;
     pub(crate) fn attn_bwd(params: *const AttnParams) -> c_int;
     pub(crate) fn attn_bias_table(

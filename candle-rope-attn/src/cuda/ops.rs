@@ -420,6 +420,8 @@ pub(crate) struct AdamW<'a> {
 pub(crate) struct AdamWTensor<'a> {
     /// f32, updated.
     pub parameter: &'a Tensor,
+    /// The parameter in another dtype, updated.
+    pub rounded: Option<&'a Tensor>,
     /// f32 `[2, elements]`, updated.
     pub moments: &'a Tensor,
     pub grad: &'a Tensor,
@@ -434,6 +436,7 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
     let parameters = Locked::new(tensors.iter().map(|t| t.parameter));
     let moments = Locked::new(tensors.iter().map(|t| t.moments));
     let grads = Locked::new(tensors.iter().map(|t| t.grad));
+    let rounded = Locked::new(tensors.iter().filter_map(|t| t.rounded));
     let scalars = Locked::new([step.grad_norm, step.steps]);
     let mut workspace = alloc::<f32>(device, 4)?;
 
@@ -442,6 +445,7 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
     let parameters = parameters.op_tensors(&mut pointers)?;
     let moments = moments.op_tensors(&mut pointers)?;
     let grads = grads.op_tensors(&mut pointers)?;
+    let mut rounded = rounded.op_tensors(&mut pointers)?.into_iter();
     let scalars = scalars.op_tensors(&mut pointers)?;
     let params = OpAdamW {
         grad_norm: scalars[0].ptr.cast(),
@@ -462,6 +466,14 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
             parameter: parameter.ptr.cast_mut().cast(),
             moments: moments.ptr.cast_mut().cast(),
             grad,
+            rounded: match tensor.rounded.and_then(|_| rounded.next()) {
+                Some(rounded) => rounded,
+                None => OpTensor {
+                    ptr: std::ptr::null(),
+                    len: 0,
+                    dtype: dtype_code(DType::F32),
+                },
+            },
             keep: tensor.keep as f32,
         })
         .collect();

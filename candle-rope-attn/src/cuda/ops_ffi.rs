@@ -27,6 +27,7 @@ pub(crate) struct OpAdamWTensor {
     pub parameter: *mut f32,
     pub moments: *mut f32,
     pub grad: OpTensor,
+    pub rounded: OpTensor,
     pub keep: f32,
 }
 
@@ -48,8 +49,8 @@ const _: () = assert!(size_of::<OpTensor>() == 24);
 const _: () = assert!(offset_of!(OpTable, count) == 16);
 const _: () = assert!(size_of::<OpTable>() == 24);
 const _: () = assert!(offset_of!(OpAdamWTensor, grad) == 16);
-const _: () = assert!(offset_of!(OpAdamWTensor, keep) == 40);
-const _: () = assert!(size_of::<OpAdamWTensor>() == 48);
+const _: () = assert!(offset_of!(OpAdamWTensor, keep) == 64);
+const _: () = assert!(size_of::<OpAdamWTensor>() == 72);
 const _: () = assert!(offset_of!(OpAdamW, lr) == 24);
 const _: () = assert!(offset_of!(OpAdamW, eps) == 56);
 const _: () = assert!(size_of::<OpAdamW>() == 64);

@@ -18,6 +18,8 @@ pub struct Parameter {
     pub var: Var,
     /// Rate of decoupled weight decay: 0 for none.
     pub weight_decay: f64,
+    /// The values in another dtype, for a model to compute with: rounded anew at every step.
+    pub rounded: Option<Var>,
 }
 
 /// The optimizer with its moments, as `torch.optim.AdamW`.
@@ -65,9 +67,14 @@ impl AdamW {
             bail!("AdamW: got no parameters, expected at least one")
         };
         let device = first.var.device().clone();
-        for Parameter { var, .. } in &parameters {
+        for Parameter { var, rounded, .. } in &parameters {
             super::check_dtype("AdamW", "a parameter", var, DType::F32)?;
             super::check_device("AdamW", "a parameter", var, &device)?;
+            if let Some(rounded) = rounded {
+                check_dtype("AdamW", rounded.dtype())?;
+                super::check_shape("AdamW", "rounded", rounded, var.dims(), "its parameter")?;
+                super::check_device("AdamW", "rounded", rounded, &device)?;
+            }
         }
         for beta in [betas.0, betas.1] {
             if !(0.0..1.0).contains(&beta) {
@@ -171,6 +178,14 @@ impl AdamW {
             parameter
                 .var
                 .inplace_op2(moments, &UpdateParameter { step: &step, keep })?;
+            if let Some(rounded) = &parameter.rounded {
+                rounded.set(
+                    &parameter
+                        .var
+                        .as_detached_tensor()
+                        .to_dtype(rounded.dtype())?,
+                )?;
+            }
         }
         self.steps = Tensor::new(steps, &Device::Cpu)?;
         Ok(())
@@ -200,6 +215,7 @@ impl AdamW {
             .zip(grads)
             .map(|((parameter, moments), grad)| cuda::AdamWTensor {
                 parameter: &parameter.var,
+                rounded: parameter.rounded.as_deref(),
                 moments,
                 grad,
                 keep: 1.0 - lr * parameter.weight_decay,

@@ -42,6 +42,15 @@ pub(crate) struct Product<'a> {
     /// In the shape and dtype of the result.
     pub add: Option<Operand<'a>>,
     pub dtype: DType,
+    /// Whether the sums of left's rows are wanted too.
+    pub sums: bool,
+}
+
+/// What a [`Product`] gives.
+pub(crate) struct Computed {
+    pub value: Storage,
+    /// f32 `[rows]`, where the device has them at no cost.
+    pub sums: Option<Tensor>,
 }
 
 impl Product<'_> {
@@ -51,11 +60,14 @@ impl Product<'_> {
         [rows, inner, self.right.dims()[1]]
     }
 
-    pub fn compute(&self) -> Result<Storage> {
+    pub fn compute(&self) -> Result<Computed> {
         match self.left.operand {
-            Operand::Cpu(..) => self.cpu().map(|y| Storage::Cpu(CpuStorage::F32(y))),
+            Operand::Cpu(..) => Ok(Computed {
+                value: Storage::Cpu(CpuStorage::F32(self.cpu()?)),
+                sums: None,
+            }),
             #[cfg(feature = "cuda")]
-            Operand::Cuda(..) => crate::cuda::product::product(self).map(Storage::Cuda),
+            Operand::Cuda(..) => crate::cuda::product::product(self),
             #[cfg(not(feature = "cuda"))]
             Operand::Cuda(..) => bail!("this program was built without CUDA"),
         }
@@ -120,23 +132,22 @@ fn f32s(operand: Operand<'_>) -> Result<&[f32]> {
     values(storage, layout)
 }
 
-/// `left right + add` of contiguous tensors, in `dtype`.
+/// `left right + add` of contiguous tensors, in `dtype`, and perhaps the sums of left's rows.
 pub(super) fn product(
     [left, right]: [&Tensor; 2],
     transposed: [bool; 2],
     add: Option<&Tensor>,
     dtype: DType,
-) -> Result<Tensor> {
+    sums: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
     let inner = if transposed[0] { 0 } else { 1 };
     if left.dim(inner)? == 0 {
         let shape = (
             left.dim(1 - inner)?,
             right.dim(usize::from(!transposed[1]))?,
         );
-        return add.map_or_else(
-            || Tensor::zeros(shape, dtype, left.device()),
-            |add| Ok(add.clone()),
-        );
+        let zeros = || Tensor::zeros(shape, dtype, left.device());
+        return Ok((add.map_or_else(zeros, |add| Ok(add.clone()))?, None));
     }
     let locked = (Locked::new(left), Locked::new(right), add.map(Locked::new));
     let product = Product {
@@ -151,7 +162,9 @@ pub(super) fn product(
         bias: None,
         add: locked.2.as_ref().map(Locked::operand).transpose()?,
         dtype,
+        sums,
     };
     let [rows, _, columns] = product.sizes();
-    Ok(super::plain(product.compute()?, (rows, columns)))
+    let found = product.compute()?;
+    Ok((super::plain(found.value, (rows, columns)), found.sums))
 }

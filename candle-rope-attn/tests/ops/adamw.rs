@@ -47,9 +47,13 @@ fn parameters(device: &Device) -> Result<Vec<Parameter>> {
     ];
     let parameter = |(seed, (shape, weight_decay)): (usize, &(&[usize], f64))| {
         let var = Input::random(shape, DType::F32, seed as u64).var(device)?;
+        let rounded = [None, Some(DType::BF16), Some(DType::F16)][seed % 3];
         Ok(Parameter {
-            var,
             weight_decay: *weight_decay,
+            rounded: rounded
+                .map(|dtype| Var::from_tensor(&var.to_dtype(dtype)?))
+                .transpose()?,
+            var,
         })
     };
     shapes.iter().enumerate().map(parameter).collect()
@@ -73,7 +77,10 @@ fn matches_reference(device: &Device) -> Result<()> {
     for max_norm in [None, Some(1.0), Some(1e6)] {
         let parameters = parameters(device)?;
         let mut references = Vec::new();
-        for Parameter { var, weight_decay } in &parameters {
+        for Parameter {
+            var, weight_decay, ..
+        } in &parameters
+        {
             references.push(Reference {
                 p: values(var)?,
                 m: vec![0.0; var.elem_count()],
@@ -91,6 +98,12 @@ fn matches_reference(device: &Device) -> Result<()> {
             let clip = max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
             for (reference, grad) in references.iter_mut().zip(&grads) {
                 reference.step(&values(grad)?, step, lr, clip);
+            }
+        }
+        for Parameter { var, rounded, .. } in &parameters {
+            if let Some(rounded) = rounded {
+                let expected = values(&var.to_dtype(rounded.dtype())?)?;
+                assert_eq!(values(rounded)?, expected);
             }
         }
         let state = optimizer.state()?;
@@ -171,6 +184,7 @@ fn many_parameters(device: &Device) -> Result<()> {
         parameters.push(Parameter {
             var,
             weight_decay: 0.0,
+            rounded: None,
         });
     }
     let mut optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;

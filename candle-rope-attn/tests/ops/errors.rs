@@ -115,6 +115,7 @@ fn optimizer() -> Result<()> {
     let parameter = |shape: &[usize], dtype| Parameter {
         var: Var::zeros(shape, dtype, &Device::Cpu).unwrap(),
         weight_decay: 0.0,
+        rounded: None,
     };
     let new = |parameters, beta| AdamW::new(parameters, (beta, 0.9), 1e-8);
     assert_error(new(vec![], 0.9), &["AdamW", "no parameters"]);

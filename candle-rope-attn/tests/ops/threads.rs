@@ -41,6 +41,7 @@ fn train() -> Result<Vec<Vec<f64>>> {
     let parameter = |var: &candle_core::Var| Parameter {
         var: var.clone(),
         weight_decay: 0.1,
+        rounded: None,
     };
     let mut optimizer = AdamW::new(vars.iter().map(parameter).collect(), (0.9, 0.999), 1e-8)?;
     optimizer.step(&grads, 0.01, &norm, Some(1.0))?;
