@@ -9,26 +9,25 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
-use candle_core::{CudaDevice, DType, Error, Result, Storage, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
 use sys::cublasLtMatmulDescAttributes_t as DescAttribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute;
 
 use super::ops::input;
-use super::{Pointers, alloc, alloc_storage, tensor};
+use super::{Pointers, alloc, alloc_storage};
 use crate::operand::Operand;
-use crate::ops::product::{Computed, Product};
+use crate::ops::product::Product;
 
 /// What cuBLAS recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 thread_local! {
-    /// One plan for every kind of product, as choosing an algorithm takes long; `None` where cuBLAS
-    /// has no algorithm.
-    static PLANS: RefCell<HashMap<Key, Option<Plan>>> = RefCell::default();
+    /// One plan for every kind of product, as choosing an algorithm takes long.
+    static PLANS: RefCell<HashMap<Key, Plan>> = RefCell::default();
 }
 
 /// A kind of product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     gpu: usize,
     sizes: [usize; 3],
@@ -37,13 +36,12 @@ struct Key {
     output: DType,
     bias: bool,
     add: bool,
-    sums: bool,
     /// Bytes that every address is a multiple of.
     alignment: usize,
 }
 
 /// See [`Product::compute`].
-pub(crate) fn product(product: &Product) -> Result<Computed> {
+pub(crate) fn product(product: &Product) -> Result<CudaStorage> {
     let sizes = product.sizes();
     let [rows, inner, columns] = sizes;
     let (left, right) = (product.left.operand.cuda()?, product.right.operand.cuda()?);
@@ -59,19 +57,12 @@ pub(crate) fn product(product: &Product) -> Result<Computed> {
     let add = product.add.map(Operand::cuda).transpose()?;
     let mut y = alloc_storage(device, product.dtype, rows * columns)?;
     if rows * columns == 0 {
-        return Ok(Computed {
-            value: Storage::Cuda(y),
-            sums: None,
-        });
+        return Ok(y);
     }
     if inner == 0 {
         bail!("product: got matrices of {rows}x0 and 0x{columns}, expected no empty sum")
     }
     let mut workspace = alloc::<u8>(device, WORKSPACE_BYTES)?;
-    let mut sums = match product.sums {
-        true => Some(alloc_storage(device, DType::F32, rows)?),
-        false => None,
-    };
 
     let stream = device.cuda_stream();
     let mut pointers = Pointers::new(&stream)?;
@@ -81,7 +72,7 @@ pub(crate) fn product(product: &Product) -> Result<Computed> {
     let add = add.map(|add| input(&mut pointers, add)).transpose()?;
     let to: *mut c_void = pointers.write_storage(&mut y)?;
     let addresses = [Some(left), Some(right), bias, add].into_iter().flatten();
-    let mut key = Key {
+    let key = Key {
         gpu: stream.context().ordinal(),
         sizes,
         transposed: [product.left.transposed, product.right.transposed],
@@ -89,49 +80,26 @@ pub(crate) fn product(product: &Product) -> Result<Computed> {
         output: product.dtype,
         bias: bias.is_some(),
         add: add.is_some(),
-        sums: product.sums,
         alignment: addresses.map(alignment).min().unwrap_or(1),
     };
-    let mut call = Call {
+    let call = Call {
         left,
         right,
         bias,
         add,
         to,
-        sums: sums
-            .as_mut()
-            .map(|sums| pointers.write_storage(sums))
-            .transpose()?,
         workspace: pointers.write(&mut workspace).cast(),
         stream: pointers.stream(),
     };
     PLANS.with_borrow_mut(|plans| {
-        if plan(plans, device, key)?.is_none() {
-            key.sums = false;
-            call.sums = None;
-        }
-        match plan(plans, device, key)? {
-            Some(plan) => plan.run(device, &call),
-            None => bail!("cuBLASLt has no algorithm for {key:?}"),
-        }
+        let plan = match plans.entry(key) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(Plan::new(device, key)?),
+        };
+        plan.run(device, &call)
     })?;
     drop(pointers);
-    let sums = sums.filter(|_| key.sums);
-    Ok(Computed {
-        value: Storage::Cuda(y),
-        sums: sums.map(|sums| tensor(sums, rows)),
-    })
-}
-
-fn plan<'a>(
-    plans: &'a mut HashMap<Key, Option<Plan>>,
-    device: &CudaDevice,
-    key: Key,
-) -> Result<&'a Option<Plan>> {
-    Ok(match plans.entry(key) {
-        Entry::Occupied(plan) => plan.into_mut(),
-        Entry::Vacant(place) => place.insert(Plan::new(device, key)?),
-    })
+    Ok(y)
 }
 
 /// The largest power of two, up to 256, that divides an address.
@@ -146,7 +114,6 @@ struct Call {
     bias: Option<*const c_void>,
     add: Option<*const c_void>,
     to: *mut c_void,
-    sums: Option<*mut c_void>,
     workspace: *mut c_void,
     stream: *mut c_void,
 }
@@ -163,8 +130,8 @@ struct Plan {
 
 impl Plan {
     /// cuBLAS reads row-major matrices as their transposes: it computes `right^T left^T`, which is
-    /// the transpose of the result. `None` if it has no algorithm.
-    fn new(device: &CudaDevice, key: Key) -> Result<Option<Self>> {
+    /// the transpose of the result.
+    fn new(device: &CudaDevice, key: Key) -> Result<Self> {
         let [rows, inner, columns] = key.sizes;
         let [left_transposed, right_transposed] = key.transposed;
         let stored = |rows: usize, columns: usize, transposed: bool| match transposed {
@@ -188,16 +155,6 @@ impl Plan {
             description.set(
                 DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
                 &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
-            )?;
-        }
-        if key.sums {
-            description.set(
-                DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BGRADB,
-            )?;
-            description.set(
-                DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
-                &cuda_type(DType::F32)?,
             )?;
         }
         let left = MatrixLayout::new(key.inputs, stored(rows, inner, left_transposed))?;
@@ -233,18 +190,25 @@ impl Plan {
                 preference.0,
             )
         };
-        Ok(found.ok().map(|found| Self {
+        let Ok(found) = found else {
+            bail!(
+                "cuBLASLt has no algorithm for a product of {rows}x{inner} and {inner}x{columns} {:?} to {:?}",
+                key.inputs,
+                key.output
+            )
+        };
+        Ok(Self {
             description,
             left,
             right,
             result,
             algorithm: found.algo,
             add: key.add,
-        }))
+        })
     }
 
     fn run(&self, device: &CudaDevice, call: &Call) -> Result<()> {
-        if let Some(bias) = call.bias.or(call.sums.map(|sums| sums.cast_const())) {
+        if let Some(bias) = call.bias {
             let attribute = DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             self.description.set(attribute, &bias)?;
         }

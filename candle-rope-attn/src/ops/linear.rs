@@ -171,50 +171,31 @@ impl Linear {
         let (rows, inputs) = rows_and_columns(self.x.dims());
         let outputs = self.weight.dim(0)?;
         let (weight, x) = (self.weight.detach(), self.x.detach());
-        let Gradient {
-            value,
-            mut column_sum,
-        } = grad;
+        let Gradient { value, column_sum } = grad;
         let grad = value.contiguous()?.reshape((rows, outputs))?;
         if let Some(residual) = &self.residual {
             gradients.add(residual, grad.reshape(residual.shape())?)?;
         }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            let sum = column_sum.map_or_else(|| grad.apply_op1_no_bwd(&ColumnSum), Ok);
+            gradients.add(bias, sum?)?;
+        }
         let mut input = x.clone();
         if activate {
-            let (d_activated, _) =
-                product([&grad, &weight], [false, false], None, x.dtype(), false)?;
+            let d_activated = product([&grad, &weight], [false, false], None, x.dtype())?;
             let (activated, dx) = gelu_and_backward(&x, &d_activated.reshape(x.shape())?)?;
             input = activated;
             gradients.add(&self.x, dx)?;
         } else if self.x.track_op() {
             let before = gradients.remove(&self.x);
-            let (dx, _) = product(
-                [&grad, &weight],
-                [false, false],
-                before.as_ref(),
-                x.dtype(),
-                false,
-            )?;
+            let dx = product([&grad, &weight], [false, false], before.as_ref(), x.dtype())?;
             gradients.put(&self.x, dx.reshape(x.shape())?.into());
         }
-        let bias = self.bias.as_ref().filter(|bias| bias.track_op());
         if self.weight.track_op() {
             let input = input.reshape((rows, inputs))?;
             let before = gradients.remove(&self.weight);
-            let wanted = bias.is_some() && column_sum.is_none();
-            let (dw, sums) = product(
-                [&grad, &input],
-                [true, false],
-                before.as_ref(),
-                DType::F32,
-                wanted,
-            )?;
+            let dw = product([&grad, &input], [true, false], before.as_ref(), DType::F32)?;
             gradients.put(&self.weight, dw.into());
-            column_sum = column_sum.or(sums);
-        }
-        if let Some(bias) = bias {
-            let sum = column_sum.map_or_else(|| grad.apply_op1_no_bwd(&ColumnSum), Ok);
-            gradients.add(bias, sum?)?;
         }
         Ok(())
     }
@@ -246,10 +227,8 @@ fn dense(
         bias,
         add: residual,
         dtype: x.dtype(),
-        sums: false,
     }
     .compute()
-    .map(|found| found.value)
 }
 
 fn output_shape(x: &[usize], outputs: usize) -> Shape {
@@ -289,7 +268,7 @@ impl GraphOp {
         let grad = grad.contiguous()?.reshape((rows, weight.dim(0)?))?;
         let dx = match x.track_op() {
             true => {
-                let (dx, _) = product([&grad, weight], [false, false], None, x.dtype(), false)?;
+                let dx = product([&grad, weight], [false, false], None, x.dtype())?;
                 Some(dx.reshape(x.shape())?)
             }
             false => None,
@@ -297,7 +276,7 @@ impl GraphOp {
         let d_weight = match weight.track_op() {
             true => {
                 let x = x.detach().reshape((rows, inputs))?;
-                Some(product([&grad, &x], [true, false], None, weight.dtype(), false)?.0)
+                Some(product([&grad, &x], [true, false], None, weight.dtype())?)
             }
             false => None,
         };

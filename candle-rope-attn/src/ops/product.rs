@@ -42,15 +42,6 @@ pub(crate) struct Product<'a> {
     /// In the shape and dtype of the result.
     pub add: Option<Operand<'a>>,
     pub dtype: DType,
-    /// Whether the sums of left's rows are wanted too.
-    pub sums: bool,
-}
-
-/// What a [`Product`] gives.
-pub(crate) struct Computed {
-    pub value: Storage,
-    /// f32 `[rows]`, where the device has them at no cost.
-    pub sums: Option<Tensor>,
 }
 
 impl Product<'_> {
@@ -60,14 +51,11 @@ impl Product<'_> {
         [rows, inner, self.right.dims()[1]]
     }
 
-    pub fn compute(&self) -> Result<Computed> {
+    pub fn compute(&self) -> Result<Storage> {
         match self.left.operand {
-            Operand::Cpu(..) => Ok(Computed {
-                value: Storage::Cpu(CpuStorage::F32(self.cpu()?)),
-                sums: None,
-            }),
+            Operand::Cpu(..) => self.cpu().map(|y| Storage::Cpu(CpuStorage::F32(y))),
             #[cfg(feature = "cuda")]
-            Operand::Cuda(..) => crate::cuda::product::product(self),
+            Operand::Cuda(..) => crate::cuda::product::product(self).map(Storage::Cuda),
             #[cfg(not(feature = "cuda"))]
             Operand::Cuda(..) => bail!("this program was built without CUDA"),
         }
@@ -132,22 +120,23 @@ fn f32s(operand: Operand<'_>) -> Result<&[f32]> {
     values(storage, layout)
 }
 
-/// `left right + add` of contiguous tensors, in `dtype`, and perhaps the sums of left's rows.
+/// `left right + add` of contiguous tensors, in `dtype`.
 pub(super) fn product(
     [left, right]: [&Tensor; 2],
     transposed: [bool; 2],
     add: Option<&Tensor>,
     dtype: DType,
-    sums: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
+) -> Result<Tensor> {
     let inner = if transposed[0] { 0 } else { 1 };
     if left.dim(inner)? == 0 {
         let shape = (
             left.dim(1 - inner)?,
             right.dim(usize::from(!transposed[1]))?,
         );
-        let zeros = || Tensor::zeros(shape, dtype, left.device());
-        return Ok((add.map_or_else(zeros, |add| Ok(add.clone()))?, None));
+        return add.map_or_else(
+            || Tensor::zeros(shape, dtype, left.device()),
+            |add| Ok(add.clone()),
+        );
     }
     let locked = (Locked::new(left), Locked::new(right), add.map(Locked::new));
     let product = Product {
@@ -162,9 +151,7 @@ pub(super) fn product(
         bias: None,
         add: locked.2.as_ref().map(Locked::operand).transpose()?,
         dtype,
-        sums,
     };
     let [rows, _, columns] = product.sizes();
-    let found = product.compute()?;
-    Ok((super::plain(found.value, (rows, columns)), found.sums))
+    Ok(super::plain(product.compute()?, (rows, columns)))
 }
