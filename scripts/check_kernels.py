@@ -43,7 +43,7 @@ class Params(ctypes.Structure):
                 + [("softmax_scale", ctypes.c_float), ("dropout_p", ctypes.c_float)])
 
 
-assert ctypes.sizeof(Params) == 408
+assert ctypes.sizeof(Params) == 416
 
 
 def load(path):
@@ -52,6 +52,7 @@ def load(path):
         getattr(lib, name).argtypes = [ctypes.POINTER(Params)]
         workspace = getattr(lib, name + "_workspace_bytes")
         workspace.argtypes, workspace.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
+    lib.attn_rotated_bytes.argtypes, lib.attn_rotated_bytes.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
     lib.attn_bias_table.argtypes = ([ctypes.c_void_p] * 3 + [ctypes.c_int32] * 2 + [ctypes.c_void_p])
     lib.attn_error_string.restype = ctypes.c_char_p
     return lib
@@ -99,6 +100,12 @@ class Attention:
         self.params.workspace = space.data_ptr()
         self.keep.append(space)
         return space, size
+
+    def keep_rotated(self):
+        size = self.lib.attn_rotated_bytes(ctypes.byref(self.params))
+        space = torch.full((size // 4 + 64,), float("nan"), device="cuda")
+        self.params.rotated = space.data_ptr()
+        self.keep.append(space)
 
     def call(self, which):
         code = getattr(self.lib, which)(ctypes.byref(self.params))
@@ -269,6 +276,8 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
         a.params.num_buckets = num_buckets
     a.params.lse = lse.data_ptr()
     a.set(o=one(o), d_o=one(g), dq=one(dq), dk=one(dk), dv=one(dv))
+    if rope != "none" and sum(lens) % 2 == 1:
+        a.keep_rotated()
     problems = []
     for which in ("attn_fwd", "attn_bwd", "attn_bwd"):
         space, size = a.workspace(which)
