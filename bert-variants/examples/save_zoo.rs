@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use bert_variants::checkpoint::{ModelCard, save_pretrained};
 use bert_variants::config::{BertConfig, Dropouts, ModelType, Task};
 use bert_variants::model::{
-    LanguageModel, QuestionAnswerer, SentenceEncoder, SequenceClassifier, TokenClassifier, Tokens,
+    LanguageModel, SentenceEncoder, SequenceClassifier, TokenClassifier, Tokens,
 };
 use bert_variants::parameters::Parameters;
 use candle_core::{DType, Device, Tensor};
@@ -76,8 +76,9 @@ fn run(config: &BertConfig, parameters: &Parameters) -> Result<(Vec<i64>, Tensor
         Task::SequenceClassification => {
             SequenceClassifier::new(c, p, false, f32)?.logits(&tokens, None)
         }
-        Task::TokenClassification => TokenClassifier::new(c, p, false, f32)?.logits(&tokens, None),
-        Task::QuestionAnswering => QuestionAnswerer::new(c, p, false, f32)?.logits(&tokens, None),
+        Task::TokenClassification | Task::QuestionAnswering => {
+            TokenClassifier::new(c, p, false, f32)?.logits(&tokens, None)
+        }
     };
     Ok((ids.into_iter().map(i64::from).collect(), logits?))
 }

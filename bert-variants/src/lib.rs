@@ -2,6 +2,10 @@
 //! Hugging Face checkpoints, on Candle.
 
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
 
 pub mod checkpoint;
 pub mod config;
@@ -33,4 +37,21 @@ pub fn init_logging() {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
+}
+
+/// Set by the first SIGINT or SIGTERM; a second one ends the program at once.
+///
+/// # Errors
+/// When there is a handler of these signals already.
+pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to quit at once");
+    })
+    .context("cannot listen for signals")?;
+    Ok(stop)
 }

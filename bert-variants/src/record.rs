@@ -141,29 +141,41 @@ impl RunHeader {
             settings.insert("objective".to_string(), format!("{:?}", header.objective));
             settings
         };
-        let (mine, others) = (settings(self), settings(other));
-        let keys: BTreeSet<&String> = mine.keys().chain(others.keys()).collect();
-        let text = |value: Option<&String>| value.map_or("absent", String::as_str).to_string();
-        let differences: Vec<String> = keys
-            .into_iter()
-            .map(|key| (key, text(mine.get(key)), text(others.get(key))))
-            .filter(|(_, mine, others)| mine != others)
-            .map(|(key, mine, others)| format!("{key} was {mine}, is now {others}"))
-            .collect();
-        ensure!(
-            differences.is_empty(),
-            "the run to resume had other settings: {}. Use the same settings, or another --out",
-            differences.join("; ")
-        );
-        Ok(())
+        check_same(&settings(self), &settings(other))
     }
 }
 
-fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, String>) {
+/// Refuses to resume a run with the settings `before` as one with those of `now`.
+///
+/// # Errors
+/// Names every setting that differs.
+pub(crate) fn check_same(
+    before: &BTreeMap<String, String>,
+    now: &BTreeMap<String, String>,
+) -> Result<()> {
+    let keys: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let text = |value: Option<&String>| value.map_or("absent", String::as_str).to_string();
+    let differences: Vec<String> = keys
+        .into_iter()
+        .map(|key| (key, text(before.get(key)), text(now.get(key))))
+        .filter(|(_, before, now)| before != now)
+        .map(|(key, before, now)| format!("{key} was {before}, is now {now}"))
+        .collect();
+    ensure!(
+        differences.is_empty(),
+        "the run to resume had other settings: {}. Use the same settings, or another --out",
+        differences.join("; ")
+    );
+    Ok(())
+}
+
+/// Adds the settings of an object by dotted path, which begins with `key`.
+pub(crate) fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, String>) {
     match value {
         Value::Object(map) => {
             for (name, value) in map {
-                flatten(&format!("{key}.{name}"), value, into);
+                let dot = if key.is_empty() { "" } else { "." };
+                flatten(&format!("{key}{dot}{name}"), value, into);
             }
         }
         // A setting that is null is a setting that is absent.
@@ -506,7 +518,7 @@ fn check_step(last: Option<u64>, step: u64, at: &str) -> Result<()> {
 }
 
 /// Numbers that may be NaN or infinite, see the module's description.
-mod float {
+pub(crate) mod float {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     #[derive(Deserialize)]

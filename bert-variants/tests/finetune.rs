@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use bert_variants::checkpoint::from_pretrained;
 use bert_variants::config::{ProblemType, Task};
 use bert_variants::finetune::{
-    Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune,
+    Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune as run,
 };
 use bert_variants::predict::Classifier;
 use candle_core::{DType, Device};
@@ -56,6 +57,12 @@ fn config(dir: &Path, label: impl Fn(bool) -> String) -> FinetuneConfig {
     config.train.batch_size = 10;
     config.train.lr = 5e-3;
     config
+}
+
+/// From the beginning to the end.
+fn finetune(config: &FinetuneConfig) -> anyhow::Result<PathBuf> {
+    let report = run(config, false, &AtomicBool::new(false))?;
+    Ok(report.expect("nothing stopped it"))
 }
 
 fn records(path: PathBuf) -> Vec<FinetuneRecord> {
@@ -124,7 +131,63 @@ fn classes_are_learned_saved_and_predicted() {
     }
     // A run that is there is not overwritten.
     let error = format!("{:#}", finetune(&config).unwrap_err());
-    assert!(error.contains("not overwritten"), "{error}");
+    assert!(error.contains("already holds a run"), "{error}");
+}
+
+#[test]
+fn resuming_keeps_what_is_finished_and_makes_the_rest_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| u8::from(has).to_string());
+    config.train.epochs = 1;
+    config.run.seeds = vec![1];
+    finetune(&config).unwrap();
+    let metrics = |seed: &str| config.run.out.join(seed).join("metrics.jsonl");
+    let read = |seed: &str| fs::read_to_string(metrics(seed)).unwrap();
+    let first = read("seed1");
+
+    let mut config = config.clone();
+    config.run.seeds = vec![1, 2];
+    let stopped = run(&config, true, &AtomicBool::new(true)).unwrap();
+    assert_eq!(stopped, None);
+    assert_eq!(read("seed1"), first);
+    assert_eq!(read("seed2").lines().count(), 1);
+    let report = run(&config, true, &AtomicBool::new(false))
+        .unwrap()
+        .unwrap();
+    assert_eq!(read("seed1"), first);
+    assert!(fs::read_to_string(report).unwrap().contains("seed 2"));
+    let second = records(config.run.out.join("seed2"));
+    assert!(matches!(
+        second.last(),
+        Some(FinetuneRecord::Summary { .. })
+    ));
+
+    // A process that was killed while it wrote its last line has not finished.
+    fs::write(
+        metrics("seed2"),
+        &read("seed2").trim_end()[..read("seed2").len() - 9],
+    )
+    .unwrap();
+    run(&config, true, &AtomicBool::new(false))
+        .unwrap()
+        .unwrap();
+    let scores = |records: Vec<FinetuneRecord>| -> Vec<f64> {
+        let score = |record: &FinetuneRecord| match record {
+            FinetuneRecord::Eval(evaluation) => Some(evaluation.score()),
+            _ => None,
+        };
+        records.iter().filter_map(score).collect()
+    };
+    let again = records(config.run.out.join("seed2"));
+    assert_eq!(scores(again), scores(second));
+
+    config.train.lr = 1e-4;
+    let error = run(&config, true, &AtomicBool::new(false)).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("train.lr was 0.005, is now 0.0001"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -13,8 +13,7 @@ use bert_variants::checkpoint::{Pretrained, from_pretrained};
 use bert_variants::config::{BertConfig, ProblemType, Task};
 use bert_variants::data::Batch;
 use bert_variants::model::{
-    Encoder, LanguageModel, QuestionAnswerer, SentenceEncoder, SequenceClassifier, Targets,
-    TokenClassifier, Tokens,
+    Encoder, LanguageModel, SentenceEncoder, SequenceClassifier, Targets, TokenClassifier, Tokens,
 };
 use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::ops::{Gradients, Tape};
@@ -172,12 +171,12 @@ fn run(pretrained: &Pretrained, expected: &Expected) -> Results {
             (hidden(model.encoder()), logits, loss)
         }
         Task::QuestionAnswering => {
-            let model = QuestionAnswerer::new(config, parameters, true, DType::F32).unwrap();
+            let model = TokenClassifier::new(config, parameters, true, DType::F32).unwrap();
             let starts = unsigned(expected.values("start_positions"));
             let ends = unsigned(expected.values("end_positions"));
             let answers: Vec<_> = starts.into_iter().zip(ends).map(|(s, e)| [s, e]).collect();
             let logits = model.logits(&tokens, None).unwrap();
-            let loss = model.loss(&tokens, &answers, None).unwrap();
+            let loss = model.answer_loss(&tokens, &answers, None).unwrap();
             (hidden(model.encoder()), logits, loss)
         }
         Task::Base => {

@@ -16,6 +16,9 @@ struct Cli {
     /// TOML or YAML file of settings, as in OUT/settings.toml; options on the command line win.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Keep the finished seeds in --out, and begin those that are not finished again.
+    #[arg(long)]
+    resume: bool,
     #[command(flatten)]
     settings: FinetuneConfig,
 }
@@ -23,7 +26,15 @@ struct Cli {
 fn main() -> Result<()> {
     bert_variants::init_logging();
     bert_variants::memory::keep_freed_memory();
-    let config: FinetuneConfig = settings(&Cli::command().get_matches())?;
-    println!("Report: {}", finetune(&config)?.display());
+    let matches = Cli::command().get_matches();
+    let config: FinetuneConfig = settings(&matches)?;
+    let stop = bert_variants::stop_on_signal()?;
+    match finetune(&config, matches.get_flag("resume"), &stop)? {
+        Some(report) => println!("Report: {}", report.display()),
+        None => {
+            eprintln!("stopped; the same command with --resume goes on with this seed");
+            std::process::exit(130);
+        }
+    }
     Ok(())
 }

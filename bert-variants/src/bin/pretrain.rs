@@ -1,10 +1,8 @@
 //! Pretrains BERT variants that differ in position encoding only, and compares them.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bert_variants::pretrain::{PretrainConfig, pretrain};
 use bert_variants::settings::settings;
 use clap::{CommandFactory, Parser};
@@ -35,7 +33,7 @@ fn main() -> Result<()> {
     bert_variants::memory::keep_freed_memory();
     let matches = Cli::command().get_matches();
     let config: PretrainConfig = settings(&matches)?;
-    let stop = stop_on_signal()?;
+    let stop = bert_variants::stop_on_signal()?;
     match pretrain(&config, matches.get_flag("resume"), &stop)? {
         Some(report) => println!("Report: {}", report.html.display()),
         None => {
@@ -44,18 +42,4 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Set by the first SIGINT or SIGTERM; a second one ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step; once more to quit at once");
-    })
-    .context("cannot listen for signals")?;
-    Ok(stop)
 }

@@ -2,23 +2,25 @@
 
 mod data;
 mod metrics;
+mod records;
 mod report;
 mod run;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 pub use data::{Dataset, Example, Label, Split, TaskConfig, TaskName};
 pub use metrics::Metric;
-pub use run::{Evaluation, FinetuneRecord, SeedResult};
+pub use records::{Evaluation, FinetuneRecord, SeedResult};
 
 use crate::pretrain::open_device;
-use crate::record::write_atomic;
+use crate::record::{METRICS_FILE, write_atomic};
 use crate::schedule::Decay;
-use crate::train::Precision;
+use crate::train::{Outcome, Precision};
 use run::Run;
 
 /// Everything that decides what is trained and where it is written.
@@ -176,32 +178,61 @@ impl FinetuneTraining {
 /// Fine-tunes the model once for each seed, and writes the report on all of them.
 ///
 /// `OUT/seedN` holds the best model of seed N (a Hugging Face directory `model`), its predictions
-/// of the texts evaluated on and of `predict_file`, and its records. Returns the report's path.
+/// of the texts evaluated on and of `predict_file`, and its records. A run already there is an
+/// error, unless `resume` leaves it where it is finished and makes it again where it is not.
+/// Returns the report's path, `None` where `stop` ended it early.
 ///
 /// # Errors
-/// When a setting is wrong, a file cannot be read or written, a run is there already, or a loss is
-/// not finite.
-pub fn finetune(config: &FinetuneConfig) -> Result<PathBuf> {
+/// When a setting is wrong, a file cannot be read or written, a run is there already or had other
+/// settings, or a loss is not finite.
+pub fn finetune(
+    config: &FinetuneConfig,
+    resume: bool,
+    stop: &AtomicBool,
+) -> Result<Option<PathBuf>> {
     config.train.validate()?;
-    ensure!(
-        !config.run.seeds.is_empty(),
-        "--seeds is empty, expected at least one"
-    );
+    let RunsConfig {
+        model, seeds, out, ..
+    } = &config.run;
+    ensure!(!seeds.is_empty(), "--seeds is empty, expected at least one");
+    // Before the texts are read, which may take long.
+    for (i, seed) in seeds.iter().enumerate() {
+        ensure!(!seeds[..i].contains(seed), "seed {seed} is asked for twice");
+        let dir = seed_dir(out, *seed);
+        ensure!(
+            resume || !dir.join(METRICS_FILE).exists(),
+            "{} already holds a run: resume it with --resume, or choose another --out",
+            dir.display()
+        );
+        SeedResult::read(&dir, config)?;
+    }
     let device = open_device(&config.run.device)?;
     let dataset = Dataset::read(&config.data)?;
-    let out = &config.run.out;
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     write_atomic(
         &out.join("settings.toml"),
         toml::to_string_pretty(config)?.as_bytes(),
     )?;
     let mut results = Vec::new();
-    for seed in &config.run.seeds {
-        let run = Run::new(config, &dataset, *seed, &device)
-            .with_context(|| format!("cannot fine-tune {}", config.run.model))?;
-        results.push(run.train()?);
+    for seed in seeds {
+        let dir = seed_dir(out, *seed);
+        if let Some(result) = SeedResult::read(&dir, config)? {
+            tracing::info!("seed {seed} is finished already");
+            results.push(result);
+            continue;
+        }
+        let run = Run::new(config, &dataset, *seed, &dir, &device)
+            .with_context(|| format!("cannot fine-tune {model}"))?;
+        match run.train(stop)? {
+            Outcome::Finished => results.extend(SeedResult::read(&dir, config)?),
+            Outcome::Interrupted => return Ok(None),
+        }
     }
     let path = out.join("report.html");
     write_atomic(&path, report::render(config, &dataset, &results).as_bytes())?;
-    Ok(path)
+    Ok(Some(path))
+}
+
+fn seed_dir(out: &Path, seed: u64) -> PathBuf {
+    out.join(format!("seed{seed}"))
 }

@@ -4,7 +4,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::FinetuneConfig;
 use super::data::Dataset;
-use super::run::{Evaluation, SeedResult};
+use super::records::{Evaluation, SeedResult};
 use crate::report::{STYLE, Stat};
 
 pub(super) fn render(config: &FinetuneConfig, dataset: &Dataset, results: &[SeedResult]) -> String {

@@ -1,8 +1,9 @@
 //! One fine-tuning run.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,11 +12,11 @@ use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::data::{Dataset, Example, Label};
+use super::records::{Evaluation, FinetuneRecord};
 use super::{FinetuneConfig, FinetuneTraining};
 use crate::checkpoint::{ModelCard, from_pretrained_as, save_pretrained};
 use crate::config::{BertConfig, ProblemType, Task};
@@ -25,81 +26,10 @@ use crate::record::METRICS_FILE;
 use crate::schedule::Schedule;
 use crate::text::{Encoded, Text, TextEncoder};
 use crate::tokenizer::Tokenizer;
-use crate::train::decays;
+use crate::train::{Outcome, decays};
 
 /// Texts of one pass in evaluation.
 const EVAL_BATCH: usize = 64;
-
-/// One line of a run's `metrics.jsonl`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum FinetuneRecord {
-    /// First line: what was run.
-    Run {
-        /// Seed of head, order and dropout.
-        seed: u64,
-        /// All settings.
-        settings: Value,
-        /// Hugging Face model configuration.
-        model_config: Value,
-    },
-    /// The mean over the steps since the last such line.
-    Train {
-        /// Optimizer steps done.
-        step: u64,
-        /// Mean loss.
-        loss: f64,
-        /// Learning rate of the last step, of the head.
-        lr: f64,
-        /// Mean global gradient norm before clipping.
-        grad_norm: f64,
-    },
-    /// One evaluation.
-    Eval(Evaluation),
-    /// Last line.
-    Summary {
-        /// Step of the best evaluation, whose model was kept.
-        best_step: u64,
-        /// Seconds of training, without evaluations.
-        seconds: f64,
-        /// The same for one epoch.
-        seconds_per_epoch: f64,
-    },
-}
-
-/// Results on held-out texts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Evaluation {
-    /// Optimizer steps done.
-    pub step: u64,
-    /// Which texts.
-    pub split: String,
-    /// Mean loss.
-    pub loss: f64,
-    /// Results by the name of the metric.
-    pub metrics: Vec<(String, f64)>,
-}
-
-impl Evaluation {
-    /// The mean of the metrics, by which models are compared.
-    pub fn score(&self) -> f64 {
-        let sum: f64 = self.metrics.iter().map(|(_, value)| value).sum();
-        sum / self.metrics.len() as f64
-    }
-}
-
-/// What came out of one seed.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SeedResult {
-    /// Seed of head, order and dropout.
-    pub seed: u64,
-    /// Of the best model, one for each split.
-    pub best: Vec<Evaluation>,
-    /// All evaluations of the first split.
-    pub evaluations: Vec<Evaluation>,
-    /// Seconds of training for an epoch.
-    pub seconds_per_epoch: f64,
-}
 
 /// A model with all it takes to train it.
 pub(super) struct Run<'a> {
@@ -125,8 +55,6 @@ struct Window {
 /// The evaluations so far.
 #[derive(Default)]
 struct History {
-    /// Of the first split.
-    evaluations: Vec<Evaluation>,
     /// The best one, of all splits, and its weights.
     best: Option<(Vec<Evaluation>, Vec<Tensor>)>,
     /// Evaluations since.
@@ -135,7 +63,6 @@ struct History {
 
 impl History {
     fn add(&mut self, found: Vec<Evaluation>, parameters: &Parameters) -> Result<()> {
-        self.evaluations.push(found[0].clone());
         let highest = self.best.as_ref().map(|(best, _)| best[0].score());
         if highest.is_none_or(|highest| found[0].score() > highest) {
             self.best = Some((found, parameters.copy()?));
@@ -152,6 +79,7 @@ impl<'a> Run<'a> {
         config: &'a FinetuneConfig,
         dataset: &'a Dataset,
         seed: u64,
+        dir: &Path,
         device: &Device,
     ) -> Result<Self> {
         let as_classifier = |model: BertConfig| {
@@ -168,21 +96,15 @@ impl<'a> Run<'a> {
                 .parameters
                 .freeze(|name| depth(name, &model_config) <= layers);
         }
-        let dir = config.run.out.join(format!("seed{seed}"));
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(METRICS_FILE);
-        let records = OpenOptions::new().append(true).create_new(true).open(&path);
-        let records = records.with_context(|| {
-            format!(
-                "cannot begin {}; a run that is there already is not overwritten",
-                path.display()
-            )
-        })?;
+        let records =
+            File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self {
             config,
             dataset,
             seed,
-            dir,
+            dir: dir.to_path_buf(),
             model_config,
             parameters: pretrained.parameters,
             encoder,
@@ -191,8 +113,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Trains, and writes the best model and its predictions.
-    pub fn train(mut self) -> Result<SeedResult> {
+    /// Trains, and writes the best model and its predictions, unless `stop` ends it early.
+    pub fn train(mut self, stop: &AtomicBool) -> Result<Outcome> {
         let settings = &self.config.train;
         self.record(&FinetuneRecord::Run {
             seed: self.seed,
@@ -213,15 +135,23 @@ impl<'a> Run<'a> {
         let mut seconds = Duration::ZERO;
         'epochs: for epoch in 0..settings.epochs {
             let order = self.order(epoch);
+            let before = seconds;
             for (batch, done) in order.chunks(settings.batch_size).zip(1u64..) {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(Outcome::Interrupted);
+                }
                 let start = Instant::now();
                 window.lr = schedule.lr(self.step);
                 self.train_step(&model, &mut optimizer, &train, batch, &mut window)?;
-                let evaluate = done.is_multiple_of(eval_every) || done == steps_per_epoch;
+                let last = done == steps_per_epoch;
+                let evaluate = last || done.is_multiple_of(eval_every);
                 if evaluate || self.step.is_multiple_of(settings.log_every) {
                     self.log(&mut window)?;
                 }
                 seconds += start.elapsed();
+                if last {
+                    self.log_epoch(epoch + 1, (seconds - before).as_secs_f64())?;
+                }
                 if evaluate {
                     let found = self.evaluate()?;
                     history.add(found, &self.parameters)?;
@@ -234,29 +164,19 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        self.finish(history, seconds.as_secs_f64(), steps_per_epoch)
+        self.finish(history, seconds.as_secs_f64(), steps_per_epoch)?;
+        Ok(Outcome::Finished)
     }
 
-    fn finish(
-        mut self,
-        history: History,
-        seconds: f64,
-        steps_per_epoch: u64,
-    ) -> Result<SeedResult> {
+    /// The summary comes last: a run that has one is whole.
+    fn finish(&mut self, history: History, seconds: f64, steps_per_epoch: u64) -> Result<()> {
         let (best, weights) = history.best.context("there was no evaluation")?;
-        let seconds_per_epoch = seconds * steps_per_epoch as f64 / self.step as f64;
+        self.parameters.assign(&weights)?;
+        self.save(&best)?;
         self.record(&FinetuneRecord::Summary {
             best_step: best[0].step,
             seconds,
-            seconds_per_epoch,
-        })?;
-        self.parameters.assign(&weights)?;
-        self.save(&best)?;
-        Ok(SeedResult {
-            seed: self.seed,
-            best,
-            evaluations: history.evaluations,
-            seconds_per_epoch,
+            seconds_per_epoch: seconds * steps_per_epoch as f64 / self.step as f64,
         })
     }
 
@@ -284,11 +204,10 @@ impl<'a> Run<'a> {
         let place = self.step.to_le_bytes();
         let dropout_seed = xxh3_64_with_seed(&place, self.seed ^ 0x5eed);
         let tokens = self.encoder.batch(batch.iter().map(|&i| &texts[i]));
-        let smoothing = self.config.train.label_smoothing;
         let (loss, tape) = Tape::record(|| {
             let logits = model.logits(&tokens.tokens(), Some(dropout_seed))?;
             let labels = batch.iter().map(|&i| &self.dataset.train[i]);
-            self.loss(&logits, labels, smoothing)
+            self.loss(&logits, labels, self.config.train.label_smoothing)
         })?;
         let mut gradients = Gradients::default();
         tape.backward(&loss, 1.0, &mut gradients)?;
@@ -348,6 +267,11 @@ impl<'a> Run<'a> {
             lr,
             grad_norm,
         })
+    }
+
+    fn log_epoch(&mut self, epoch: u64, seconds: f64) -> Result<()> {
+        tracing::info!("seed {} epoch {epoch}: {seconds:.2} s", self.seed);
+        self.record(&FinetuneRecord::Epoch { epoch, seconds })
     }
 
     /// Results on all texts to evaluate on.

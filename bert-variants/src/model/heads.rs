@@ -328,7 +328,9 @@ impl SequenceClassifier {
     }
 }
 
-/// Labels every token: `BertForTokenClassification` and its kin.
+/// Scores every token: `BertForTokenClassification` and its kin, and for question answering
+/// `BertForQuestionAnswering` and its kin, where the scores say whether a token is the first of the
+/// answer, and whether it is the last.
 pub struct TokenClassifier {
     encoder: Encoder,
     head: Head,
@@ -345,7 +347,10 @@ impl TokenClassifier {
         trainable: bool,
         dtype: DType,
     ) -> Result<Self> {
-        let task = Task::TokenClassification;
+        let task = match config.task {
+            Task::QuestionAnswering => Task::QuestionAnswering,
+            _ => Task::TokenClassification,
+        };
         let (encoder, head) = build(task, config, parameters, trainable, dtype)?;
         Ok(Self { encoder, head })
     }
@@ -355,7 +360,7 @@ impl TokenClassifier {
         &self.encoder
     }
 
-    /// Scores `[tokens, labels]`.
+    /// Scores `[tokens, labels]`, of which question answering has two.
     ///
     /// # Errors
     /// As [`Encoder::forward`].
@@ -381,44 +386,6 @@ impl TokenClassifier {
         let problem_type = ProblemType::SingleLabelClassification;
         classification_loss(&logits, Targets::Classes(classes), problem_type, 0.0)
     }
-}
-
-/// Finds answers in texts: `BertForQuestionAnswering` and its kin.
-pub struct QuestionAnswerer {
-    encoder: Encoder,
-    head: Head,
-}
-
-impl QuestionAnswerer {
-    /// See [`Encoder::new`].
-    ///
-    /// # Errors
-    /// When the configuration is for another task, or the parameters do not belong to it.
-    pub fn new(
-        config: &BertConfig,
-        parameters: &Parameters,
-        trainable: bool,
-        dtype: DType,
-    ) -> Result<Self> {
-        let task = Task::QuestionAnswering;
-        let (encoder, head) = build(task, config, parameters, trainable, dtype)?;
-        Ok(Self { encoder, head })
-    }
-
-    /// The encoder below the head.
-    pub fn encoder(&self) -> &Encoder {
-        &self.encoder
-    }
-
-    /// Scores `[tokens, 2]` of each token for being the first of the answer, and the last.
-    ///
-    /// # Errors
-    /// As [`Encoder::forward`].
-    pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
-        self.head
-            .forward(&hidden, PassDropout { seed: dropout_seed })
-    }
 
     /// Mean cross-entropy of the first and last tokens of the answers, `[start, end]` for each
     /// sequence, counted from its own first token; a scalar.
@@ -427,7 +394,7 @@ impl QuestionAnswerer {
     ///
     /// # Errors
     /// As [`Encoder::forward`], and when answers do not fit.
-    pub fn loss(
+    pub fn answer_loss(
         &self,
         tokens: &Tokens,
         answers: &[[u32; 2]],

@@ -11,6 +11,5 @@ pub(crate) use heads::classification_loss;
 
 pub use encoder::{Encoder, Tokens};
 pub use heads::{
-    LanguageModel, QuestionAnswerer, Score, SentenceEncoder, SequenceClassifier, Targets,
-    TokenClassifier,
+    LanguageModel, Score, SentenceEncoder, SequenceClassifier, Targets, TokenClassifier,
 };
