@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod finetune;
+pub mod hub;
 pub mod lines;
 pub mod memory;
 pub mod model;

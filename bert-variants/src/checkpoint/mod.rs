@@ -28,6 +28,8 @@ use weights::{WeightFiles, write_safetensors};
 const CONFIG: &str = "config.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINER: &str = "trainer.json";
+/// What [`save_training`] adds to a model directory.
+pub(crate) const TRAINING_STATE: [&str; 2] = [OPTIMIZER, TRAINER];
 
 /// The state of a training run: a model directory with two more files, which continues as if it
 /// had never stopped.

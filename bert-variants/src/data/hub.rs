@@ -1,32 +1,27 @@
 //! Data sets of the Hugging Face Hub.
 
 use anyhow::{Context, Result, bail, ensure};
-use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
 use hf_hub::{Repo, RepoType};
 
 use super::readers::InputFile;
-
-/// What a Hub name begins with.
-pub(crate) const SCHEME: &str = "hf://";
+use crate::hub::{Hub, RepoName, SCHEME, explain};
 
 /// Downloads the supported files of `hf://datasets/owner/name[@revision][/path]` into the Hub's
 /// cache, where they stay, and returns them in the order of their paths.
 ///
 /// `path` is one file, a folder, or the beginning of file names, such as `data/train-`.
 pub(crate) fn find(name: &str) -> Result<Vec<InputFile>> {
-    find_with(&ApiBuilder::from_env().build()?, name)
+    find_with(&Hub::from_env(), name)
 }
 
-fn find_with(api: &Api, name: &str) -> Result<Vec<InputFile>> {
-    let DataSet { id, revision, path } = DataSet::parse(name)?;
-    let repo = api.repo(Repo::with_revision(id.clone(), RepoType::Dataset, revision));
+fn find_with(hub: &Hub, name: &str) -> Result<Vec<InputFile>> {
+    let DataSet { repo, path } = DataSet::parse(name)?;
+    let id = &repo.id;
+    let repo = repo.repo(RepoType::Dataset);
     let get = || -> Result<Vec<InputFile>> {
         let mut files = Vec::new();
-        for path in list(&repo, &path)? {
-            let local = repo
-                .get(&path)
-                .with_context(|| format!("cannot get {path}"))?;
-            files.extend(InputFile::new(&local)?);
+        for path in list(hub, &repo, &path)? {
+            files.extend(InputFile::new(&hub.file(&repo, &path)?)?);
         }
         Ok(files)
     };
@@ -46,41 +41,34 @@ fn find_with(api: &Api, name: &str) -> Result<Vec<InputFile>> {
 
 #[derive(Debug, PartialEq, Eq)]
 struct DataSet {
-    id: String,
-    revision: String,
+    repo: RepoName,
     path: String,
 }
 
 impl DataSet {
     fn parse(name: &str) -> Result<Self> {
         let parts: Vec<&str> = name.trim_start_matches(SCHEME).splitn(4, '/').collect();
-        let ["datasets", owner, repo, ref path @ ..] = parts[..] else {
+        let parsed = match parts[..] {
+            ["datasets", owner, repo, ref path @ ..] => {
+                RepoName::parse(&format!("{owner}/{repo}")).map(|repo| (repo, path.concat()))
+            }
+            _ => None,
+        };
+        let Some((repo, path)) = parsed else {
             bail!("got {name}, expected hf://datasets/owner/name[@revision][/path]");
         };
-        let (repo, revision) = repo.split_once('@').unwrap_or((repo, "main"));
-        ensure!(
-            ![owner, repo, revision].contains(&""),
-            "got {name}, expected hf://datasets/owner/name[@revision][/path]"
-        );
-        Ok(Self {
-            id: format!("{owner}/{repo}"),
-            revision: revision.to_string(),
-            path: path.concat(),
-        })
+        Ok(Self { repo, path })
     }
 }
 
 /// The supported files that begin with `path`. One named in full needs no listing, so that it
 /// is found without a network once it was downloaded.
-fn list(repo: &ApiRepo, path: &str) -> Result<Vec<String>> {
+fn list(hub: &Hub, repo: &Repo, path: &str) -> Result<Vec<String>> {
     if InputFile::supports(path) {
         return Ok(vec![path.to_string()]);
     }
-    let files = repo
-        .info()
-        .context("cannot list its files")?
-        .siblings
-        .into_iter();
+    let info = hub.api()?.repo(repo.clone()).info().map_err(explain);
+    let files = info.context("cannot list its files")?.siblings.into_iter();
     let mut files: Vec<String> = files
         .map(|file| file.rfilename)
         .filter(|file| file.starts_with(path) && InputFile::supports(file))
@@ -92,12 +80,9 @@ fn list(repo: &ApiRepo, path: &str) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io::{BufRead, BufReader, Write};
-    use std::net::{TcpListener, TcpStream};
-    use std::path::Path;
-    use std::thread;
 
     use super::*;
+    use crate::hub::server::{NO_NETWORK, Request, Response, file, hub, not_found, ok, serve};
 
     const FILES: [(&str, &str); 4] = [
         ("README.md", "no data"),
@@ -106,44 +91,18 @@ mod tests {
         ("data/train-1.jsonl", "{\"text\": \"one\"}\n"),
     ];
 
-    /// Answers as the Hub does for the data set `owner/name` with `FILES`. Returns its address.
-    fn serve_hub() -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                answer(stream.unwrap());
-            }
-        });
-        format!("http://{address}")
-    }
-
-    fn answer(mut stream: TcpStream) {
-        let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-        let request: Vec<String> = lines
-            .map(Result::unwrap)
-            .take_while(|line| !line.is_empty())
-            .collect();
-        let path = request[0].split(' ').nth(1).unwrap();
-        let file = path.strip_prefix("/datasets/owner/name/resolve/main/");
-        let file = FILES.iter().find(|(name, _)| Some(*name) == file);
-        let (status, body) = match (path, file) {
-            ("/api/datasets/owner/name/revision/main", _) => ("200 OK", listing()),
-            (_, Some((_, body))) if request.contains(&"range: bytes=0-0".to_string()) => {
-                ("206 Partial Content", body[..1].to_string())
-            }
-            (_, Some((_, body))) => ("206 Partial Content", body.to_string()),
-            _ => ("404 Not Found", String::new()),
-        };
-        let size = file.map_or(0, |(_, body)| body.len());
-        write!(
-            stream,
-            "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\netag: \"{}\"\r\n\
-             x-repo-commit: c0ffee\r\ncontent-range: bytes 0-0/{size}\r\n\r\n{body}",
-            body.len(),
-            path.replace('/', "-"),
-        )
-        .unwrap();
+    /// Answers as the Hub does for the data set `owner/name` with `FILES`.
+    fn answer(_: &str, request: &Request) -> Response {
+        if request.path == "/api/datasets/owner/name/revision/main" {
+            return ok(listing());
+        }
+        let path = request
+            .path
+            .strip_prefix("/datasets/owner/name/resolve/main/");
+        match FILES.iter().find(|(name, _)| Some(*name) == path) {
+            Some((_, body)) => file(request, "c0ffee", body.as_bytes()),
+            None => not_found(),
+        }
     }
 
     fn listing() -> String {
@@ -154,20 +113,8 @@ mod tests {
         )
     }
 
-    fn api(endpoint: String, cache: &Path) -> Api {
-        let builder = ApiBuilder::new()
-            .with_endpoint(endpoint)
-            .with_progress(false);
-        builder.with_cache_dir(cache.to_path_buf()).build().unwrap()
-    }
-
-    /// Nobody listens there.
-    fn no_network(cache: &Path) -> Api {
-        api("http://127.0.0.1:1".to_string(), cache)
-    }
-
-    fn texts(api: &Api, name: &str) -> Vec<String> {
-        let files = find_with(api, name).unwrap();
+    fn texts(hub: &Hub, name: &str) -> Vec<String> {
+        let files = find_with(hub, name).unwrap();
         files
             .iter()
             .map(|file| fs::read_to_string(&file.path).unwrap())
@@ -177,42 +124,50 @@ mod tests {
     #[test]
     fn downloads_the_files_that_a_path_names() {
         let cache = tempfile::tempdir().unwrap();
-        let api = api(serve_hub(), cache.path());
+        let online = hub(&serve(answer).0, cache.path());
         let all: Vec<&str> = FILES[1..].iter().map(|(_, text)| *text).collect();
-        assert_eq!(texts(&api, "hf://datasets/owner/name"), all);
+        assert_eq!(texts(&online, "hf://datasets/owner/name"), all);
         assert_eq!(
-            texts(&api, "hf://datasets/owner/name@main/data/train-"),
+            texts(&online, "hf://datasets/owner/name@main/data/train-"),
             all[1..]
         );
         assert_eq!(
-            texts(&api, "hf://datasets/owner/name/data/test.jsonl"),
+            texts(&online, "hf://datasets/owner/name/data/test.jsonl"),
             all[..1]
         );
 
-        let offline = no_network(cache.path());
+        let mut offline = hub(NO_NETWORK, cache.path());
+        assert_eq!(
+            texts(&offline, "hf://datasets/owner/name/data/test.jsonl"),
+            all[..1]
+        );
+        offline.offline = true;
         assert_eq!(
             texts(&offline, "hf://datasets/owner/name/data/test.jsonl"),
             all[..1]
         );
 
-        let error = find_with(&api, "hf://datasets/owner/name/other")
+        let error = find_with(&offline, "hf://datasets/owner/name/data").unwrap_err();
+        assert!(format!("{error:#}").contains("HF_HUB_OFFLINE is set"));
+
+        let error = find_with(&online, "hf://datasets/owner/name/other")
             .unwrap_err()
             .to_string();
         assert!(
             error.contains("no file there of a supported kind"),
             "{error}"
         );
-        let error = find_with(&api, "hf://datasets/owner/none").unwrap_err();
+        let error = find_with(&online, "hf://datasets/owner/none").unwrap_err();
         assert!(format!("{error:#}").contains("404"), "{error:#}");
     }
 
     #[test]
     fn without_a_network_the_error_says_what_to_do() {
         let cache = tempfile::tempdir().unwrap();
-        let api = no_network(cache.path());
+        let hub = hub(NO_NETWORK, cache.path());
         let error = format!(
             "{:#}",
-            find_with(&api, "hf://datasets/owner/name").unwrap_err()
+            find_with(&hub, "hf://datasets/owner/name").unwrap_err()
         );
         assert!(
             error.contains("without a network, pass a local file or folder"),
@@ -224,8 +179,7 @@ mod tests {
     fn names_of_another_form_are_refused() {
         let parsed = DataSet::parse("hf://datasets/a/b@c/d/e.txt").unwrap();
         let expected = DataSet {
-            id: "a/b".into(),
-            revision: "c".into(),
+            repo: RepoName::parse("a/b@c").unwrap(),
             path: "d/e.txt".into(),
         };
         assert_eq!(parsed, expected);

@@ -9,6 +9,7 @@ use walkdir::{DirEntry, WalkDir};
 use super::corpus::Corpus;
 use super::hub;
 use super::readers::{Emit, InputFile};
+use crate::hub::SCHEME;
 
 /// Documents, in a fixed order.
 #[derive(Debug, Clone)]
@@ -90,7 +91,7 @@ impl std::fmt::Display for Sources {
                 for (i, (name, _)) in sources.named.iter().enumerate() {
                     f.write_str(if i == 0 { "" } else { ", " })?;
                     match Path::new(name).file_name() {
-                        Some(file_name) if !name.starts_with(hub::SCHEME) => {
+                        Some(file_name) if !name.starts_with(SCHEME) => {
                             f.write_str(&file_name.to_string_lossy())?;
                         }
                         _ => f.write_str(name)?,
@@ -142,7 +143,7 @@ impl FileSources {
 }
 
 fn find(name: &str) -> Result<Vec<InputFile>> {
-    if name.starts_with(hub::SCHEME) {
+    if name.starts_with(SCHEME) {
         return hub::find(name);
     }
     let path = Path::new(name);
