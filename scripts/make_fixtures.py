@@ -43,6 +43,24 @@ TASKS = {
     "question": "ForQuestionAnswering",
     "base": "Model",
 }
+# Models that differ from those of the task by keys of their configuration.
+VARIANTS = {
+    ("nomic_bert", "linear"): dict(
+        rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=2.0)
+    ),
+    ("modernbert", "yarn"): dict(
+        rope_parameters=dict(
+            full_attention=dict(
+                rope_type="yarn",
+                rope_theta=10.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
+                beta_fast=2.0,
+            ),
+            sliding_attention=dict(rope_type="default", rope_theta=50.0),
+        )
+    ),
+}
 LABELS = 3
 
 
@@ -57,7 +75,7 @@ def tasks_of(kind):
     return tasks
 
 
-def make_config(kind, task):
+def make_config(kind, task, variant):
     large = task == "masked-lm"
     hidden, layers, heads, mlp, vocab = (16, 2, 2, 20, 32) if large else (8, 1, 2, 12, 24)
     sizes = dict(vocab_size=vocab, max_position_embeddings=16)
@@ -87,13 +105,14 @@ def make_config(kind, task):
     if task in ("sequence", "token"):
         labels = 1 if kind == "distilbert" and task == "sequence" else LABELS
         sizes |= dict(num_labels=labels)
+    sizes |= VARIANTS.get((kind, variant), {})
     if kind == "alibi":
         return modeling_alibi.AlibiConfig(**sizes)
     return AutoConfig.for_model(kind, **sizes)
 
 
-def make_model(kind, task):
-    config = make_config(kind, task)
+def make_model(kind, task, variant):
+    config = make_config(kind, task, variant)
     name = MODULES[kind] + TASKS[task]
     if (kind, task) == ("bert", "causal-lm"):
         name = "BertLMHeadModel"
@@ -178,11 +197,11 @@ def save(model, folder):
         (folder / extra).unlink(missing_ok=True)
 
 
-def make(kind, task, seed):
+def make(kind, task, seed, variant=None):
     generator = torch.Generator().manual_seed(seed)
-    model = make_model(kind, task).eval()
+    model = make_model(kind, task, variant).eval()
     randomize(model, generator)
-    folder = FIXTURES / f"{kind}-{task}"
+    folder = FIXTURES / "-".join(filter(None, [kind, task, variant]))
     save(model, folder)
     if kind == "alibi":
         path = folder / "config.json"
@@ -221,6 +240,8 @@ def main():
     for number, kind in enumerate(MODULES):
         for offset, task in enumerate(tasks_of(kind)):
             make(kind, task, 100 * number + offset)
+    for number, (kind, variant) in enumerate(VARIANTS):
+        make(kind, "masked-lm", 1000 + number, variant)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ pub use op::{attention, attention_qkvpacked, attention_qkvpacked_with_bias, atte
 
 pub use spec::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
-    Sequences, Window,
+    Sequences, Window, Yarn,
 };
 
 /// The GPU of that number. Memory that tensors free stays with the program for the next ones.

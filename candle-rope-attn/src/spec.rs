@@ -145,6 +145,50 @@ pub enum RopeScaling {
     /// NTK-aware: `theta * factor^(d / (d - 2))`, which keeps the highest frequency
     /// and divides the lowest by the factor.
     Ntk(f64),
+    /// Low frequencies divided by the factor, high ones unchanged.
+    Yarn(Yarn),
+}
+
+/// YaRN (Peng et al. 2023, <https://arxiv.org/abs/2309.00071>, section 3).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Yarn {
+    /// What low frequencies are divided by: how many times longer inputs may become.
+    pub factor: f64,
+    /// Tokens of the longest input in training.
+    pub original_length: usize,
+    /// Turns over that length from which on a pair keeps its frequency.
+    pub beta_fast: f64,
+    /// Turns up to which the whole factor divides it; between the two, part of it.
+    pub beta_slow: f64,
+    /// Factor on rotated queries and keys. The frequencies know nothing of it: its square belongs
+    /// into [`AttentionSpec::softmax_scale`].
+    pub attention_factor: f64,
+}
+
+impl Yarn {
+    /// With the values of the paper.
+    pub fn new(factor: f64, original_length: usize) -> Self {
+        Self {
+            factor,
+            original_length,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 0.1 * factor.max(1.0).ln() + 1.0,
+        }
+    }
+
+    /// Which part of the frequency of pair `i` is divided, 0 to 1.
+    fn divided(&self, i: usize, head_dim: usize, theta: f64) -> f64 {
+        let dim = head_dim as f64;
+        let pair_of = |turns: f64| {
+            let length = self.original_length as f64 / (turns * 2.0 * std::f64::consts::PI);
+            dim * length.ln() / (2.0 * theta.ln())
+        };
+        let low = pair_of(self.beta_fast).floor().max(0.0);
+        let high = pair_of(self.beta_slow).ceil().min(dim - 1.0);
+        let width = if low == high { 0.001 } else { high - low };
+        ((i as f64 - low) / width).clamp(0.0, 1.0)
+    }
 }
 
 impl Rope {
@@ -171,19 +215,30 @@ impl Rope {
         };
         positive("theta", theta)?;
         let dim = head_dim as f64;
-        let (theta, divisor) = match scaling {
-            RopeScaling::None => (theta, 1.0),
-            RopeScaling::Linear(factor) => (theta, factor),
-            RopeScaling::Ntk(factor) if head_dim > 2 => {
-                positive("scaling factor", factor)?;
-                (theta * factor.powf(dim / (dim - 2.0)), 1.0)
-            }
-            RopeScaling::Ntk(_) => (theta, 1.0),
+        let standard = |theta: f64, i: usize| theta.powf(-2.0 * i as f64 / dim);
+        let factor = match scaling {
+            RopeScaling::None => 1.0,
+            RopeScaling::Linear(factor) | RopeScaling::Ntk(factor) => factor,
+            RopeScaling::Yarn(yarn) => yarn.factor,
         };
-        positive("scaling factor", divisor)?;
-        let inv_freq = (0..head_dim / 2)
-            .map(|i| (theta.powf(-2.0 * i as f64 / dim) / divisor) as f32)
-            .collect();
+        positive("scaling factor", factor)?;
+        if let RopeScaling::Yarn(yarn) = scaling {
+            positive("original length", yarn.original_length as f64)?;
+        }
+        let frequency = |i| match scaling {
+            RopeScaling::None => standard(theta, i),
+            RopeScaling::Linear(factor) => standard(theta, i) / factor,
+            RopeScaling::Ntk(_) if head_dim == 2 => 1.0,
+            RopeScaling::Ntk(factor) => standard(theta * factor.powf(dim / (dim - 2.0)), i),
+            RopeScaling::Yarn(yarn) => {
+                let divided = yarn.divided(i, head_dim, theta);
+                standard(theta, i) * (1.0 - divided + divided / factor)
+            }
+        };
+        let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| frequency(i) as f32).collect();
+        if inv_freq.iter().any(|frequency| !frequency.is_finite()) {
+            bail!("RoPE with theta {theta} and {scaling:?} has frequencies that are not finite")
+        }
         Ok(Self { inv_freq, pairing })
     }
 

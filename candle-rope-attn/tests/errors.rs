@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_rope_attn::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
-    Sequences, attention, attention_qkvpacked, attention_qkvpacked_with_bias, ops::rope,
+    Sequences, Yarn, attention, attention_qkvpacked, attention_qkvpacked_with_bias, ops::rope,
 };
 
 fn zeros(shape: &[usize], dtype: DType) -> Tensor {
@@ -187,6 +187,14 @@ fn ropes() {
     refuses(
         new(8, 1e4, RopeScaling::Ntk(f64::NAN)),
         &["scaling factor", "NaN"],
+    );
+    refuses(
+        new(8, 1.0, RopeScaling::Yarn(Yarn::new(4.0, 512))),
+        &["theta 1", "not finite"],
+    );
+    refuses(
+        new(8, 1e4, RopeScaling::Yarn(Yarn::new(4.0, 0))),
+        &["original length", "0"],
     );
     let four = Rope::from_inv_freq(vec![1.0; 2], RopePairing::HalfSplit);
     refuses(

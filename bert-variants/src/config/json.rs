@@ -3,6 +3,7 @@
 //! One list of keys serves both ways, see [`Keys`].
 
 use anyhow::{Context, Result, anyhow, ensure};
+use candle_rope_attn::{RopeScaling, Yarn};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -226,13 +227,14 @@ fn bert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
         NomicBert => {
             let head_dim = config.hidden_size.checked_div(config.num_attention_heads);
             keys.only("head_dim", json!(head_dim))?;
-            let mut rope = RopeParameters::new(&config.position);
+            let (mut theta, scaling) = rope_of(&config.position);
             if keys.reading {
-                keys.optional("rope_theta", &mut rope.rope_theta)?;
+                keys.optional("rope_theta", &mut theta)?;
+                rename_rope_scaling(keys, theta)?;
             }
+            let mut rope = RopeParameters::new(theta, scaling);
             keys.optional("rope_parameters", &mut rope)?;
-            keys.refuse("rope_scaling", &Value::Null)?;
-            set_theta(&mut config.position, rope.rope_theta);
+            set_rope(&mut config.position, rope);
             Ok(())
         }
         Mpnet => {
@@ -250,48 +252,107 @@ fn bert(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
 /// transformers takes RoFormer's angles from a table among the weights, so that other bases than
 /// the usual one load there too; the key is ours.
 fn roformer_theta(keys: &mut Keys, position: &mut Position) -> Result<()> {
-    let mut theta = RopeParameters::new(position).rope_theta;
+    let (mut theta, scaling) = rope_of(position);
     if keys.reading || theta != 10_000.0 {
         keys.optional("rope_theta", &mut theta)?;
     }
-    set_theta(position, theta);
+    set_rope(position, RopeParameters::new(theta, scaling));
     Ok(())
 }
 
 /// RoPE in version 5 of transformers.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RopeParameters {
-    rope_type: RopeType,
-    rope_theta: f64,
-}
-
-/// The frequencies we know.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum RopeType {
-    Default,
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields)]
+enum RopeParameters {
+    Default {
+        rope_theta: f64,
+    },
+    Linear {
+        rope_theta: f64,
+        factor: f64,
+    },
+    Yarn {
+        rope_theta: f64,
+        factor: f64,
+        original_max_position_embeddings: usize,
+        beta_fast: Option<f64>,
+        beta_slow: Option<f64>,
+        attention_factor: Option<f64>,
+    },
 }
 
 impl RopeParameters {
-    fn new(position: &Position) -> Self {
-        Self::with_theta(match position {
-            Position::Rope { theta, .. } => *theta,
-            _ => 10_000.0,
-        })
+    fn new(rope_theta: f64, scaling: RopeScaling) -> Self {
+        match scaling {
+            RopeScaling::Linear(factor) => Self::Linear { rope_theta, factor },
+            RopeScaling::Yarn(yarn) => Self::Yarn {
+                rope_theta,
+                factor: yarn.factor,
+                original_max_position_embeddings: yarn.original_length,
+                beta_fast: Some(yarn.beta_fast),
+                beta_slow: Some(yarn.beta_slow),
+                attention_factor: Some(yarn.attention_factor),
+            },
+            // transformers has no name for the other; no file asks for it.
+            RopeScaling::None | RopeScaling::Ntk(_) => Self::Default { rope_theta },
+        }
     }
 
-    fn with_theta(rope_theta: f64) -> Self {
-        Self {
-            rope_type: RopeType::Default,
-            rope_theta,
+    fn theta_and_scaling(self) -> (f64, RopeScaling) {
+        match self {
+            Self::Default { rope_theta } => (rope_theta, RopeScaling::None),
+            Self::Linear { rope_theta, factor } => (rope_theta, RopeScaling::Linear(factor)),
+            Self::Yarn {
+                rope_theta,
+                factor,
+                original_max_position_embeddings,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            } => {
+                let usual = Yarn::new(factor, original_max_position_embeddings);
+                let yarn = Yarn {
+                    beta_fast: beta_fast.unwrap_or(usual.beta_fast),
+                    beta_slow: beta_slow.unwrap_or(usual.beta_slow),
+                    attention_factor: attention_factor.unwrap_or(usual.attention_factor),
+                    ..usual
+                };
+                (rope_theta, RopeScaling::Yarn(yarn))
+            }
         }
     }
 }
 
-fn set_theta(position: &mut Position, new: f64) {
-    if let Position::Rope { theta, .. } = position {
-        *theta = new;
+/// Version 4 of transformers has the base apart from what stretches it, whose kind is `type`.
+fn rename_rope_scaling(keys: &mut Keys, theta: f64) -> Result<()> {
+    let mut scaling: Option<Map<String, Value>> = None;
+    keys.optional("rope_scaling", &mut scaling)?;
+    let Some(mut scaling) = scaling else {
+        return Ok(());
+    };
+    ensure!(
+        keys.json.get("rope_parameters").is_none_or(Value::is_null),
+        "both rope_scaling and rope_parameters are given; leave one of them out"
+    );
+    if let Some(kind) = scaling.remove("type") {
+        scaling.insert("rope_type".into(), kind);
+    }
+    scaling.entry("rope_theta").or_insert(json!(theta));
+    keys.json.insert("rope_parameters".into(), scaling.into());
+    Ok(())
+}
+
+/// Base and scaling.
+fn rope_of(position: &Position) -> (f64, RopeScaling) {
+    match *position {
+        Position::Rope { theta, scaling, .. } => (theta, scaling),
+        _ => (10_000.0, RopeScaling::None),
+    }
+}
+
+fn set_rope(position: &mut Position, new: RopeParameters) {
+    if let Position::Rope { theta, scaling, .. } = position {
+        (*theta, *scaling) = new.theta_and_scaling();
     }
 }
 
@@ -363,23 +424,24 @@ fn local_attention(keys: &mut Keys, config: &mut BertConfig) -> Result<()> {
     let local = config.local.get_or_insert_with(|| LocalAttention {
         window: 64,
         rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
         layers: every_third_global(layers),
     });
     let mut both_sides = 2 * local.window;
     keys.optional("local_attention", &mut both_sides)?;
     local.window = both_sides / 2;
 
-    let mut global_theta = RopeParameters::new(&config.position).rope_theta;
+    let (mut global_theta, global_scaling) = rope_of(&config.position);
     keys.optional("global_rope_theta", &mut global_theta)?;
     keys.optional("local_rope_theta", &mut local.rope_theta)?;
     let mut rope = LayerRopeParameters {
-        full_attention: RopeParameters::with_theta(global_theta),
-        sliding_attention: RopeParameters::with_theta(local.rope_theta),
+        full_attention: RopeParameters::new(global_theta, global_scaling),
+        sliding_attention: RopeParameters::new(local.rope_theta, local.rope_scaling),
     };
     keys.optional("rope_parameters", &mut rope)?;
     keys.refuse("rope_scaling", &Value::Null)?;
-    set_theta(&mut config.position, rope.full_attention.rope_theta);
-    local.rope_theta = rope.sliding_attention.rope_theta;
+    set_rope(&mut config.position, rope.full_attention);
+    (local.rope_theta, local.rope_scaling) = rope.sliding_attention.theta_and_scaling();
 
     let mut every = period(&local.layers).unwrap_or(3);
     if keys.reading || period(&local.layers).is_some() {
@@ -665,13 +727,67 @@ mod tests {
             assert!(format!("{error:#}").contains(key), "{error:#}");
         }
         let nomic = with(bert(), "model_type", json!("nomic_bert"));
-        let scaled = json!({"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0});
-        assert!(parse(&with(nomic.clone(), "rope_parameters", scaled)).is_err());
+        for (key, value, message) in [
+            (
+                "rope_type",
+                json!("dynamic"),
+                "unknown variant `dynamic`, expected one of `default`",
+            ),
+            ("rope_type", json!("linear"), "missing field `factor`"),
+            ("truncate", json!(false), "unknown field `truncate`"),
+        ] {
+            let mut rope = json!({"rope_type": "default", "rope_theta": 1000.0});
+            rope[key] = value;
+            let error = parse(&with(nomic.clone(), "rope_parameters", rope)).unwrap_err();
+            assert!(format!("{error:#}").contains(message), "{error:#}");
+        }
         // A key that transformers ignores there.
         assert!(
             !parse(&with(nomic, "is_decoder", json!(true)))
                 .unwrap()
                 .is_decoder
+        );
+    }
+
+    #[test]
+    fn stretched_frequencies_are_read_from_versions_4_and_5() {
+        let nomic = with(bert(), "model_type", json!("nomic_bert"));
+        let old = with(nomic.clone(), "rope_theta", json!(500.0));
+        let scaling = json!({"type": "linear", "factor": 2.0});
+        let old = parse(&with(old, "rope_scaling", scaling)).unwrap();
+        let linear = |pairing| Position::Rope {
+            theta: 500.0,
+            pairing,
+            scaling: RopeScaling::Linear(2.0),
+        };
+        assert_eq!(
+            old.position,
+            linear(candle_rope_attn::RopePairing::HalfSplit)
+        );
+        assert_eq!(BertConfig::try_from(Map::from(old.clone())).unwrap(), old);
+
+        let yarn = json!({
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+            "original_max_position_embeddings": 128, "beta_fast": 16.0,
+        });
+        let new = parse(&with(nomic.clone(), "rope_parameters", yarn.clone())).unwrap();
+        let expected = Yarn {
+            beta_fast: 16.0,
+            ..Yarn::new(4.0, 128)
+        };
+        assert_eq!(rope_of(&new.position), (500.0, RopeScaling::Yarn(expected)));
+        assert_eq!(BertConfig::try_from(Map::from(new.clone())).unwrap(), new);
+        let scale = new.attention_spec(0).unwrap().softmax_scale;
+        assert!(
+            (scale - 1.138_629_4f32.powi(2) / 8.0).abs() < 1e-6,
+            "{scale}"
+        );
+
+        let both = with(nomic, "rope_parameters", yarn);
+        let error = parse(&with(both, "rope_scaling", json!({"type": "yarn"}))).unwrap_err();
+        assert!(
+            error.to_string().contains("leave one of them out"),
+            "{error}"
         );
     }
 

@@ -89,6 +89,8 @@ pub enum Position {
         theta: f64,
         /// Which features form a pair.
         pairing: RopePairing,
+        /// How the frequencies are stretched, in the same layers.
+        scaling: RopeScaling,
     },
     /// Attention with linear biases.
     Alibi,
@@ -108,6 +110,8 @@ pub struct LocalAttention {
     pub window: usize,
     /// Base of the frequencies of RoPE in these layers.
     pub rope_theta: f64,
+    /// How they are stretched.
+    pub rope_scaling: RopeScaling,
     /// For each layer, whether it is local.
     pub layers: Vec<bool>,
 }
@@ -315,6 +319,7 @@ impl BertConfig {
         let half_split = |theta| Position::Rope {
             theta,
             pairing: RopePairing::HalfSplit,
+            scaling: RopeScaling::None,
         };
         let modern = model_type == Modernbert;
         let nomic = model_type == NomicBert;
@@ -341,6 +346,7 @@ impl BertConfig {
                 Roformer => Position::Rope {
                     theta: 10_000.0,
                     pairing: RopePairing::Interleaved,
+                    scaling: RopeScaling::None,
                 },
                 Modernbert => half_split(160_000.0),
                 NomicBert => half_split(1_000.0),
@@ -353,6 +359,7 @@ impl BertConfig {
             local: modern.then(|| LocalAttention {
                 window: 64,
                 rope_theta: 10_000.0,
+                rope_scaling: RopeScaling::None,
                 layers: Vec::new(),
             }),
             norm: if modern { Norm::Pre } else { Norm::Post },
@@ -448,12 +455,20 @@ impl BertConfig {
             .local
             .as_ref()
             .filter(|local| local.layers.get(layer) == Some(&true));
+        let mut attention_factor = 1.0;
         let position = match self.position {
             Position::None => PositionEncoding::None,
-            Position::Rope { theta, pairing } => {
-                let theta = local.map_or(theta, |local| local.rope_theta);
-                let rope = Rope::new(self.head_dim(), theta, pairing, RopeScaling::None)?;
-                PositionEncoding::Rope(rope)
+            Position::Rope {
+                theta,
+                pairing,
+                scaling,
+            } => {
+                let of_local = |local: &LocalAttention| (local.rope_theta, local.rope_scaling);
+                let (theta, scaling) = local.map_or((theta, scaling), of_local);
+                if let RopeScaling::Yarn(yarn) = scaling {
+                    attention_factor = yarn.attention_factor;
+                }
+                PositionEncoding::Rope(Rope::new(self.head_dim(), theta, pairing, scaling)?)
             }
             Position::Alibi => PositionEncoding::Alibi(Alibi::new(self.num_attention_heads)),
             Position::RelativeBias {
@@ -469,7 +484,11 @@ impl BertConfig {
             left: Some(local.window),
             right: Some(local.window),
         });
-        let spec = AttentionSpec::new(self.num_attention_heads, self.head_dim())
+        let spec = AttentionSpec::new(self.num_attention_heads, self.head_dim());
+        // It multiplies both queries and keys.
+        let softmax_scale = spec.softmax_scale * attention_factor.powi(2) as f32;
+        let spec = spec
+            .with_softmax_scale(softmax_scale)
             .with_causal(self.is_decoder)
             .with_position(position)
             .with_window(window);
