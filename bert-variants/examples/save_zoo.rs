@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use bert_variants::checkpoint::{ModelCard, save_pretrained};
-use bert_variants::config::{BertConfig, Dropouts, ModelType, Task};
+use bert_variants::config::{BertConfig, Dropouts, ModelType, Position, Task};
 use bert_variants::model::{
     LanguageModel, SentenceEncoder, SequenceClassifier, TokenClassifier, Tokens,
 };
 use bert_variants::parameters::Parameters;
 use candle_core::{DType, Device, Tensor};
+use candle_rope_attn::{RopeScaling, Yarn};
 use clap::ValueEnum;
 
 const LENGTH: usize = 20;
@@ -27,6 +28,15 @@ fn main() -> Result<()> {
             config.initializer_range = 0.3;
             // Narrower than the input.
             config.local.iter_mut().for_each(|local| local.window = 4);
+            // What only version 5 of transformers stretches, like this whole model.
+            if let (
+                ModelType::NomicBert,
+                Task::TokenClassification,
+                Position::Rope { scaling, .. },
+            ) = (*model_type, task, &mut config.position)
+            {
+                *scaling = RopeScaling::Yarn(Yarn::new(4.0, LENGTH / 2));
+            }
             let parameters = Parameters::init(&config, 1, &Device::Cpu)?;
             let causal = if causal { "-causal" } else { "" };
             let dir = out.join(format!("{}-{task:?}{causal}", model_type.name()));

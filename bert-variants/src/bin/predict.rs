@@ -39,7 +39,7 @@ enum Task {
 
 #[derive(clap::Args)]
 struct Model {
-    /// Model directory, or a Hub id owner/name.
+    /// Model directory, or a Hub id owner/name[@revision].
     #[arg(long)]
     model: String,
     #[command(flatten)]

@@ -69,7 +69,7 @@ pub fn save_pretrained(
 }
 
 /// Reads a model for a task from a directory, or from the Hugging Face Hub by its id
-/// (`owner/name`).
+/// (`owner/name[@revision]`).
 ///
 /// Accepts one file or several, weights of f32, f16, bf16 or f64, names with and without the
 /// model's prefix, and LayerNorm's old `gamma` and `beta`. `seed` initialises a head that the
