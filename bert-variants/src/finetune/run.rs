@@ -40,6 +40,8 @@ pub(super) struct Run<'a> {
     model_config: BertConfig,
     parameters: Parameters,
     encoder: TextEncoder,
+    /// The texts of each split to evaluate on.
+    evals: Vec<Vec<Encoded>>,
     records: File,
     step: u64,
 }
@@ -91,6 +93,9 @@ impl<'a> Run<'a> {
         let model_config = pretrained.config;
         let tokenizer = Tokenizer::load(&pretrained.dir, None)?;
         let encoder = TextEncoder::new(tokenizer, &model_config, Some(config.data.max_length))?;
+        let evals = dataset.evals.iter();
+        let evals = evals.map(|split| encode(&encoder, &split.examples));
+        let evals = evals.collect::<Result<_>>()?;
         if let Some(layers) = config.train.freeze_layers {
             pretrained
                 .parameters
@@ -108,6 +113,7 @@ impl<'a> Run<'a> {
             model_config,
             parameters: pretrained.parameters,
             encoder,
+            evals,
             records,
             step: 0,
         })
@@ -122,7 +128,7 @@ impl<'a> Run<'a> {
             model_config: serde_json::to_value(&self.model_config)?,
         })?;
         let dataset = self.dataset;
-        let train = self.encode(&dataset.train)?;
+        let train = encode(&self.encoder, &dataset.train)?;
         let steps_per_epoch = train.len().div_ceil(settings.batch_size) as u64;
         let eval_every = steps_per_epoch.div_ceil(settings.evals_per_epoch);
         let schedule = settings.schedule(settings.epochs * steps_per_epoch);
@@ -169,7 +175,7 @@ impl<'a> Run<'a> {
     }
 
     /// The summary comes last: a run that has one is whole.
-    fn finish(&mut self, history: History, seconds: f64, steps_per_epoch: u64) -> Result<()> {
+    fn finish(&self, history: History, seconds: f64, steps_per_epoch: u64) -> Result<()> {
         let (best, weights) = history.best.context("there was no evaluation")?;
         self.parameters.assign(&weights)?;
         self.save(&best)?;
@@ -186,11 +192,6 @@ impl<'a> Run<'a> {
         let seed = xxh3_64_with_seed(&epoch.to_le_bytes(), self.seed);
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         order
-    }
-
-    fn encode(&self, examples: &[Example]) -> Result<Vec<Encoded>> {
-        let texts: Vec<Text> = examples.iter().map(Example::as_text).collect();
-        self.encoder.encode(&texts)
     }
 
     fn train_step(
@@ -241,7 +242,7 @@ impl<'a> Run<'a> {
     }
 
     /// Writes the mean of the window as a record and empties it.
-    fn log(&mut self, window: &mut Window) -> Result<()> {
+    fn log(&self, window: &mut Window) -> Result<()> {
         let Window { losses, norms, lr } = std::mem::take(window);
         if losses.is_empty() {
             return Ok(());
@@ -269,17 +270,17 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn log_epoch(&mut self, epoch: u64, seconds: f64) -> Result<()> {
+    fn log_epoch(&self, epoch: u64, seconds: f64) -> Result<()> {
         tracing::info!("seed {} epoch {epoch}: {seconds:.2} s", self.seed);
         self.record(&FinetuneRecord::Epoch { epoch, seconds })
     }
 
     /// Results on all texts to evaluate on.
-    fn evaluate(&mut self) -> Result<Vec<Evaluation>> {
+    fn evaluate(&self) -> Result<Vec<Evaluation>> {
         let dataset = self.dataset;
         let mut evaluations = Vec::new();
-        for split in &dataset.evals {
-            let logits = self.predict(&split.examples)?;
+        for (split, texts) in dataset.evals.iter().zip(&self.evals) {
+            let logits = self.predict(texts)?;
             let loss = self.loss(&logits, split.examples.iter(), 0.0)?;
             let predicted = self.labels(&logits)?;
             let truth: Vec<Label> = split.examples.iter().filter_map(|e| e.label).collect();
@@ -304,13 +305,12 @@ impl<'a> Run<'a> {
         Ok(evaluations)
     }
 
-    /// Scores `[examples, labels]`, f32.
-    fn predict(&self, examples: &[Example]) -> Result<Tensor> {
+    /// Scores `[texts, labels]`, f32.
+    fn predict(&self, texts: &[Encoded]) -> Result<Tensor> {
         let dtype = self.config.train.dtype.dtype();
         let model = SequenceClassifier::new(&self.model_config, &self.parameters, false, dtype)?;
-        let encoded = self.encode(examples)?;
         let mut logits = Vec::new();
-        for batch in encoded.chunks(EVAL_BATCH) {
+        for batch in texts.chunks(EVAL_BATCH) {
             let batch = self.encoder.batch(batch);
             logits.push(model.logits(&batch.tokens(), None)?.to_dtype(DType::F32)?);
         }
@@ -353,19 +353,22 @@ impl<'a> Run<'a> {
         let dir = self.dir.join("model");
         let tokenizer = Some(self.encoder.tokenizer());
         save_pretrained(&dir, &self.model_config, &self.parameters, tokenizer, &card)?;
-        for split in &self.dataset.evals {
-            self.write_predictions(split.name, &split.examples)?;
+        for (split, texts) in self.dataset.evals.iter().zip(&self.evals) {
+            self.write_predictions(split.name, &split.examples, texts)?;
         }
         match self.dataset.predict.as_slice() {
             [] => Ok(()),
-            examples => self.write_predictions("predict", examples),
+            examples => {
+                let texts = encode(&self.encoder, examples)?;
+                self.write_predictions("predict", examples, &texts)
+            }
         }
     }
 
     /// `predictions-NAME.jsonl`: label, scores and, where known, truth of each text in order.
-    fn write_predictions(&self, name: &str, examples: &[Example]) -> Result<()> {
+    fn write_predictions(&self, name: &str, examples: &[Example], texts: &[Encoded]) -> Result<()> {
         let path = self.dir.join(format!("predictions-{name}.jsonl"));
-        let logits = self.predict(examples)?;
+        let logits = self.predict(texts)?;
         let scores: Vec<Vec<f32>> = logits.to_vec2()?;
         let named = |label: Label| match label {
             Label::Class(class) => json!(self.dataset.labels[class as usize]),
@@ -385,12 +388,17 @@ impl<'a> Run<'a> {
         write().with_context(|| format!("cannot write {}", path.display()))
     }
 
-    fn record(&mut self, record: &FinetuneRecord) -> Result<()> {
+    fn record(&self, record: &FinetuneRecord) -> Result<()> {
         let line = serde_json::to_string(record)? + "\n";
-        self.records
+        (&self.records)
             .write_all(line.as_bytes())
             .context("cannot write the records")
     }
+}
+
+fn encode(encoder: &TextEncoder, examples: &[Example]) -> Result<Vec<Encoded>> {
+    let texts: Vec<Text> = examples.iter().map(Example::as_text).collect();
+    encoder.encode(&texts)
 }
 
 /// Such as `loss 0.4321, accuracy 0.9123`.
