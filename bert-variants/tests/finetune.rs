@@ -10,6 +10,7 @@ use bert_variants::finetune::{
     Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune as run,
 };
 use bert_variants::predict::Classifier;
+use bert_variants::train::Precision;
 use candle_core::{DType, Device};
 use serde_json::Value;
 
@@ -214,6 +215,24 @@ fn numbers_are_learned_again_in_the_same_way() {
         .collect();
     assert_eq!(names, ["pearson", "spearman"]);
     assert!(first.last().unwrap().metrics[0].1 > 0.95, "{first:?}");
+}
+
+#[test]
+fn classes_and_numbers_are_learned_in_bf16() {
+    for regression in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), |has| u8::from(has).to_string());
+        config.data.regression = regression;
+        config.train.dtype = Precision::Bf16;
+        finetune(&config).unwrap();
+        let records = records(config.run.out.join("seed0"));
+        let scores = records.iter().filter_map(|record| match record {
+            FinetuneRecord::Eval(evaluation) => Some(evaluation.score()),
+            _ => None,
+        });
+        let best = scores.fold(0.0, f64::max);
+        assert!(best > 0.9, "regression {regression}: {best}");
+    }
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let x = x.clone();
     tape::push(&y, move |grad, gradients| {
         let grad = grad.value;
-        if grad.dtype().size_in_bytes() >= x.dtype().size_in_bytes() {
+        if grad.dtype() == x.dtype() {
             return gradients.add(&x, grad);
         }
         let grad = convert(&grad.contiguous()?, x.dtype())?;
