@@ -220,7 +220,8 @@ struct Attention {
     /// The log-sum-exp, of [`Batch::lse_shape`], from the forward for the backward pass, in the
     /// units of the device's kernel. None if there will be no backward pass.
     lse: Option<OnceLock<Tensor>>,
-    /// q and k rotated, where the device's kernels keep them for the backward pass.
+    /// q and k rotated, which the GPU's kernels keep for the backward pass.
+    #[cfg(feature = "cuda")]
     rotated: OnceLock<Tensor>,
 }
 
@@ -233,6 +234,7 @@ impl Attention {
             batch,
             flat,
             lse: tracked.then(OnceLock::new),
+            #[cfg(feature = "cuda")]
             rotated: OnceLock::new(),
         }
     }
