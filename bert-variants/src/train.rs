@@ -68,6 +68,9 @@ pub struct TrainConfig {
     /// Gradients are scaled down to this global norm.
     #[arg(long, default_value_t = TrainConfig::default().max_grad_norm)]
     pub max_grad_norm: f64,
+    /// Keep of each layer its input alone for the backward pass, which runs the layer again.
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainConfig::default().gradient_checkpointing, num_args = 0..=1, default_missing_value = "true")]
+    pub gradient_checkpointing: bool,
     /// Arithmetic of the model; weights and optimizer are f32 always.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().dtype)]
     pub dtype: Precision,
@@ -97,6 +100,7 @@ impl Default for TrainConfig {
             adam_beta2: 0.98,
             adam_epsilon: 1e-6,
             max_grad_norm: 1.0,
+            gradient_checkpointing: false,
             dtype: Precision::F32,
             log_every: 10,
             eval_every: 100,
@@ -283,7 +287,8 @@ impl Trainer {
                 Progress::default(),
             )
         };
-        let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?;
+        let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?
+            .with_checkpointing(config.gradient_checkpointing);
         let mut optimizer = config.optimizer(&parameters)?;
         if found {
             checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, &progress)?;

@@ -99,16 +99,24 @@ fn every_weight_gets_a_gradient() {
             labels: (0..40).map(|i| i * 3 % 50).collect(),
         };
         let in_graph = model.loss(&batch, Some(1)).unwrap().backward().unwrap();
-        let mut on_tape = Gradients::default();
-        let (loss, tape) = Tape::record(|| model.loss(&batch, Some(1))).unwrap();
-        tape.backward(&loss, 1.0, &mut on_tape).unwrap();
+        let recorded = |model: &LanguageModel| {
+            let mut gradients = Gradients::default();
+            let (loss, tape) = Tape::record(|| model.loss(&batch, Some(1))).unwrap();
+            tape.backward(&loss, 1.0, &mut gradients).unwrap();
+            gradients
+        };
+        let mut on_tape = recorded(&model);
+        let mut checkpointed = recorded(&model.with_checkpointing(true));
         let largest = |x: &Tensor| -> f32 {
             let sizes = x.flatten_all().unwrap().abs().unwrap();
             sizes.max(0).unwrap().to_scalar().unwrap()
         };
         for (name, var) in parameters.vars() {
-            let (in_graph, on_tape) = (in_graph.get(var).expect(name), on_tape.remove(var));
-            let difference = largest(&(in_graph - on_tape.expect(name)).unwrap());
+            let in_graph = in_graph.get(var).expect(name);
+            let on_tape = on_tape.remove(var).expect(name);
+            let checkpointed = checkpointed.remove(var).expect(name);
+            assert_eq!(largest(&(&on_tape - checkpointed).unwrap()), 0.0, "{name}");
+            let difference = largest(&(in_graph - on_tape).unwrap());
             assert!(largest(in_graph) > 0.0, "{name} of {model_type:?}");
             assert!(
                 difference <= 1e-5 * largest(in_graph),

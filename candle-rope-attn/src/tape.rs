@@ -7,11 +7,12 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::fmt::Display;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
-    Storage, StorageRef, Tensor, TensorId, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, MetalStorage, Result,
+    Shape, Storage, StorageRef, Tensor, TensorId, bail,
 };
 
 /// What an operation does with the gradient of its output.
@@ -90,7 +91,21 @@ impl Tape {
         if self.nodes.is_empty() {
             bail!("backward: the loss does not come from the recorded function")
         }
-        gradients.put(loss, (loss.ones_like()?.detach() * scale)?.into());
+        self.propagate(
+            loss,
+            (loss.ones_like()?.detach() * scale)?.into(),
+            gradients,
+        )
+    }
+
+    /// Goes back from an output of the recorded function whose gradient is known.
+    fn propagate(
+        mut self,
+        output: &Tensor,
+        grad: Gradient,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        gradients.put(output, grad);
         while let Some(Node { output, backward }) = self.nodes.pop() {
             if let Some(grad) = gradients.0.remove(&output) {
                 backward(grad, gradients)?;
@@ -167,6 +182,29 @@ impl Gradients {
         self.0.insert(id, sum);
         Ok(())
     }
+}
+
+/// Activation checkpointing (Chen et al. 2016, <https://arxiv.org/abs/1604.06174>): `f(x)`, of which a
+/// [`Tape`] keeps x alone. The backward pass runs `f` again, which must do the same again.
+///
+/// # Errors
+/// Those of `f`.
+pub fn checkpoint<E: Display>(
+    x: &Tensor,
+    f: impl Fn(&Tensor) -> std::result::Result<Tensor, E> + 'static,
+) -> std::result::Result<Tensor, E> {
+    if RECORDING.with_borrow(Option::is_none) {
+        return f(x);
+    }
+    // What this tape keeps is freed at once.
+    let (y, _) = Tape::record(|| f(x))?;
+    let x = x.clone();
+    push(&y, move |grad, gradients| {
+        let again = Tape::record(|| f(&x)).map_err(|error| Error::msg(format!("{error:#}")));
+        let (y, tape) = again?;
+        tape.propagate(&y, grad, gradients)
+    });
+    Ok(y)
 }
 
 /// Whether a tape records and one of the inputs leads to a variable. Else an operation belongs to

@@ -1,14 +1,16 @@
 //! Embeddings and transformer layers.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{cast, dropout, embedding_sum};
+use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum};
 use candle_rope_attn::{
     AttentionSpec, Dropout, Sequences, attention_qkvpacked, attention_qkvpacked_with_bias,
 };
 
 use super::layers::{LayerNorm, Linear, PassDropout, Weights};
-use crate::config::{Activation, BertConfig, Norm, Position};
+use crate::config::{Activation, BertConfig, Dropouts, Norm, Position};
 use crate::data::Batch;
 use crate::parameters::{POSITION_EMBEDDINGS, Parameters, RELATIVE_BIAS, WORD_EMBEDDINGS};
 
@@ -88,11 +90,12 @@ pub(super) fn check_ids(what: &str, ids: &[u32], rows: usize, key: &str) -> Resu
 pub struct Encoder {
     config: BertConfig,
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     relative_bias: Option<Tensor>,
     final_norm: Option<LayerNorm>,
     dtype: DType,
     device: Device,
+    checkpointing: bool,
 }
 
 impl Encoder {
@@ -123,14 +126,22 @@ impl Encoder {
         Ok(Self {
             embeddings: Embeddings::new(&weights)?,
             layers: (0..config.num_hidden_layers)
-                .map(|i| Layer::new(&weights, i))
+                .map(|i| Layer::new(&weights, i).map(Arc::new))
                 .collect::<Result<_>>()?,
             relative_bias: relative.then(|| weights.get(RELATIVE_BIAS)).transpose()?,
             final_norm: final_norm.transpose()?,
             config: config.clone(),
             dtype,
             device: parameters.device().clone(),
+            checkpointing: false,
         })
+    }
+
+    /// Keeps of each layer its input alone for the backward pass, which runs the layer again: a
+    /// third more time for a fraction of the memory. On a [`Tape`](candle_rope_attn::ops::Tape).
+    pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
+        self.checkpointing = checkpointing;
+        self
     }
 
     /// The configuration it was made with.
@@ -156,15 +167,20 @@ impl Encoder {
             let probs = dropout.at(p.attention_probs, "attention_probs", i);
             let attention = Attention {
                 spec: layer.spec.clone().with_dropout(probs),
-                relative_bias: self.relative_bias.as_ref(),
-                sequences: &sequences,
+                relative_bias: self.relative_bias.clone(),
+                sequences: sequences.clone(),
             };
             let place = Place {
-                config: &self.config,
+                dropouts: *p,
                 dropout,
                 layer: i,
             };
-            x = layer.forward(&x, &attention, place)?;
+            let layer = layer.clone();
+            let forward = move |x: &Tensor| layer.forward(x, &attention, place);
+            x = match self.checkpointing {
+                true => checkpoint(&x, forward)?,
+                false => forward(&x)?,
+            };
         }
         match &self.final_norm {
             Some(norm) => norm.forward(&x),
@@ -222,26 +238,26 @@ fn position_ids(cu_seqlens: &[usize], first: usize) -> Vec<u32> {
 }
 
 /// What the attention of a layer computes in one pass.
-struct Attention<'a> {
+struct Attention {
     spec: AttentionSpec,
-    relative_bias: Option<&'a Tensor>,
-    sequences: &'a Sequences,
+    relative_bias: Option<Tensor>,
+    sequences: Sequences,
 }
 
-impl Attention<'_> {
+impl Attention {
     /// `[tokens, 3 * hidden_size]` to `[tokens, hidden_size]`.
     fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
-        Ok(match self.relative_bias {
-            Some(bias) => attention_qkvpacked_with_bias(qkv, bias, &self.spec, self.sequences)?,
-            None => attention_qkvpacked(qkv, &self.spec, self.sequences)?,
+        Ok(match &self.relative_bias {
+            Some(bias) => attention_qkvpacked_with_bias(qkv, bias, &self.spec, &self.sequences)?,
+            None => attention_qkvpacked(qkv, &self.spec, &self.sequences)?,
         })
     }
 }
 
 /// Where in the model dropout happens.
 #[derive(Clone, Copy)]
-struct Place<'a> {
-    config: &'a BertConfig,
+struct Place {
+    dropouts: Dropouts,
     dropout: PassDropout,
     layer: usize,
 }
@@ -307,7 +323,7 @@ impl Layer {
         place: Place,
     ) -> Result<Tensor> {
         let context = attention.forward(&self.qkv.forward(x)?)?;
-        let p = place.config.dropout.attention_output;
+        let p = place.dropouts.attention_output;
         let dropout = place.dropout.at(p, "attention", place.layer);
         self.attention_output
             .forward_add(&context, residual, dropout)
@@ -336,7 +352,7 @@ impl Mlp {
 
     /// Added to the residual.
     fn forward(&self, x: &Tensor, residual: &Tensor, place: Place) -> Result<Tensor> {
-        let p = &place.config.dropout;
+        let p = &place.dropouts;
         let at = |p, name| place.dropout.at(p, name, place.layer);
         let (inner, outer) = (at(p.mlp_hidden, "mlp_hidden"), at(p.mlp_output, "mlp"));
         let hidden = self.intermediate.forward(x)?;

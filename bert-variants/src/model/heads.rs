@@ -141,6 +141,12 @@ impl LanguageModel {
         &self.encoder
     }
 
+    /// See [`Encoder::with_checkpointing`].
+    pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
+        self.encoder = self.encoder.with_checkpointing(checkpointing);
+        self
+    }
+
     /// Scores over the vocabulary `[positions, vocab_size]` at the given tokens.
     ///
     /// # Errors
