@@ -57,6 +57,9 @@ pub struct RunConfig {
     /// cpu, cuda, or cuda:N for the GPU of that number.
     #[arg(long, default_value_t = RunConfig::default().device)]
     pub device: String,
+    /// Show where the time of one step goes, once this many others are done [10 if not given].
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "10")]
+    pub profile: Option<u64>,
 }
 
 impl Default for RunConfig {
@@ -67,6 +70,7 @@ impl Default for RunConfig {
             seeds: vec![0],
             out: "runs".into(),
             device: "cpu".into(),
+            profile: None,
         }
     }
 }
@@ -185,6 +189,7 @@ pub fn pretrain(
         seeds,
         out,
         device,
+        ..
     } = &config.run;
     ensure!(
         !variants.is_empty(),
@@ -395,7 +400,8 @@ impl<'a> Plan<'a> {
             self.device,
             resume,
         )
-        .with_context(|| format!("cannot train {name}"))?;
+        .with_context(|| format!("cannot train {name}"))?
+        .with_profile_in(self.config.run.profile);
         match trainer.train(&batches, stop)? {
             Outcome::Finished => read_run(&self.dir).map(Some),
             Outcome::Interrupted => Ok(None),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
+use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Profile, Tape, global_norm};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -229,6 +229,8 @@ pub struct Trainer {
     card: ModelCard,
     window: Window,
     clock: Stopwatch,
+    /// Steps to come before one is profiled.
+    profile_in: Option<u64>,
 }
 
 /// What a checkpoint says of the run.
@@ -316,7 +318,14 @@ impl Trainer {
                 ..ModelCard::default()
             },
             window: Window::default(),
+            profile_in: None,
         })
+    }
+
+    /// Shows where the time of one step goes, once `steps` others are done.
+    pub fn with_profile_in(mut self, steps: Option<u64>) -> Self {
+        self.profile_in = steps;
+        self
     }
 
     /// Trains to the end, or until `stop` is set.
@@ -337,6 +346,7 @@ impl Trainer {
         while self.progress.step < self.config.steps {
             let batches = batches.by_ref().take(passes).collect::<Result<Vec<_>>>()?;
             let meter = PeakMeter::start(&device)?;
+            let profile = self.start_profile()?;
             self.window.lr = schedule.lr(self.progress.step);
             let (loss, gradients) = self.gradients(&batches).map_err(explain_out_of_memory)?;
             let norm = global_norm(&gradients)?;
@@ -346,6 +356,7 @@ impl Trainer {
                 &norm,
                 Some(self.config.max_grad_norm),
             )?;
+            self.finish_profile(profile, &bar)?;
             self.count_step(&batches, loss, norm, meter.peak_bytes()?);
             self.check_finite(&gradients)?;
 
@@ -390,6 +401,37 @@ impl Trainer {
         }
         let gradients = self.parameters.gradients(&mut gradients)?;
         Ok((Tensor::stack(&losses, 0)?.sum(0)?, gradients))
+    }
+
+    fn start_profile(&mut self) -> Result<Option<Profile>> {
+        let now = self.profile_in == Some(0);
+        self.profile_in = self.profile_in.and_then(|steps| steps.checked_sub(1));
+        Ok(match now {
+            true => Some(Profile::start(self.parameters.device())?),
+            false => None,
+        })
+    }
+
+    fn finish_profile(&self, profile: Option<Profile>, bar: &ProgressBar) -> Result<()> {
+        let Some(profile) = profile else {
+            return Ok(());
+        };
+        profile.mark("step", "clipping and optimizer");
+        let parts = profile.finish()?;
+        let total: f64 = parts.iter().map(|part| part.seconds).sum();
+        let rows = parts.iter().map(|part| {
+            format!(
+                "{:>9.3} ms {:>5.1} % {:>4} x {} {}\n",
+                part.seconds * 1e3,
+                100.0 * part.seconds / total,
+                part.calls,
+                part.pass,
+                part.name
+            )
+        });
+        let table: String = rows.collect();
+        bar.suspend(|| tracing::info!("one step took {:.3} ms:\n{table}", total * 1e3));
+        Ok(())
     }
 
     fn count_step(&mut self, batches: &[Batch], loss: Tensor, norm: Tensor, peak: u64) {

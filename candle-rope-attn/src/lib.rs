@@ -109,6 +109,7 @@ mod operand;
 pub mod ops;
 mod philox;
 mod position;
+mod profile;
 pub mod reference;
 mod spec;
 mod tape;

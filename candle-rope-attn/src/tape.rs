@@ -15,10 +15,16 @@ use candle_core::{
     Shape, Storage, StorageRef, Tensor, TensorId, bail,
 };
 
+use crate::profile::mark;
+
+/// Name of a stretch of Candle's operations.
+const CANDLE: &str = "Candle's own";
+
 /// What an operation does with the gradient of its output.
 type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
 
 struct Node {
+    name: &'static str,
     output: TensorId,
     backward: Backward,
 }
@@ -106,9 +112,10 @@ impl Tape {
         gradients: &mut Gradients,
     ) -> Result<()> {
         gradients.put(output, grad);
-        while let Some(Node { output, backward }) = self.nodes.pop() {
-            if let Some(grad) = gradients.0.remove(&output) {
-                backward(grad, gradients)?;
+        while let Some(node) = self.nodes.pop() {
+            if let Some(grad) = gradients.0.remove(&node.output) {
+                (node.backward)(grad, gradients)?;
+                mark("backward", node.name);
             }
         }
         Ok(())
@@ -131,7 +138,12 @@ impl Tape {
             Ok(())
         });
         let output = x.id();
-        self.nodes.push(Node { output, backward });
+        mark("forward", CANDLE);
+        self.nodes.push(Node {
+            name: CANDLE,
+            output,
+            backward,
+        });
     }
 }
 
@@ -199,7 +211,7 @@ pub fn checkpoint<E: Display>(
     // What this tape keeps is freed at once.
     let (y, _) = Tape::record(|| f(x))?;
     let x = x.clone();
-    push(&y, move |grad, gradients| {
+    push("checkpoint", &y, move |grad, gradients| {
         let again = Tape::record(|| f(&x)).map_err(|error| Error::msg(format!("{error:#}")));
         let (y, tape) = again?;
         tape.propagate(&y, grad, gradients)
@@ -227,14 +239,20 @@ pub(crate) fn output(storage: Storage, shape: impl Into<Shape>) -> Tensor {
 
 /// Records how the gradient of an [`output`] gives others.
 pub(crate) fn push(
+    name: &'static str,
     output: &Tensor,
     backward: impl FnOnce(Gradient, &mut Gradients) -> Result<()> + 'static,
 ) {
     let output = output.id();
     let backward = Box::new(backward);
+    mark("forward", name);
     RECORDING.with_borrow_mut(|tape| {
         if let Some(tape) = tape {
-            tape.nodes.push(Node { output, backward });
+            tape.nodes.push(Node {
+                name,
+                output,
+                backward,
+            });
         }
     });
 }
@@ -250,7 +268,7 @@ pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(op: C, x: &Tensor) ->
         Storage::Metal(x) => op.metal_fwd(x, layout).map(on_metal),
     })?;
     let (x, saved) = (x.clone(), y.clone());
-    push(&y, move |grad, gradients| {
+    push(op.name(), &y, move |grad, gradients| {
         add_all([(&x, op.bwd(&x, &saved, &grad.value)?)], gradients)
     });
     Ok(y)
@@ -273,7 +291,7 @@ pub(crate) fn apply2<C: CustomOp2 + Send + Sync + 'static>(
     })?;
     drop(b_storage);
     let (a, b, saved) = (a.clone(), b.clone(), y.clone());
-    push(&y, move |grad, gradients| {
+    push(op.name(), &y, move |grad, gradients| {
         let (da, db) = op.bwd(&a, &b, &saved, &grad.value)?;
         add_all([(&a, da), (&b, db)], gradients)
     });
@@ -305,7 +323,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     })?;
     drop((b_storage, c_storage));
     let (a, b, c, saved) = (a.clone(), b.clone(), c.clone(), y.clone());
-    push(&y, move |grad, gradients| {
+    push(op.name(), &y, move |grad, gradients| {
         let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad.value)?;
         add_all([(&a, da), (&b, db), (&c, dc)], gradients)
     });

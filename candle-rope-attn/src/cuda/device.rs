@@ -1,7 +1,7 @@
 //! The choice of a GPU, and errors of the driver in words that help.
 
 use candle_core::cuda_backend::cudarc::cublas::sys::{cublasMath_t, cublasSetMathMode};
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, DriverError, result, sys};
 use candle_core::cuda_backend::{CudaError, WrapErr};
 use candle_core::{CudaDevice, Device, Error, Result, bail};
 use sys::cudaError_enum as Code;
@@ -169,5 +169,21 @@ fn is_out_of_memory(error: &Error) -> bool {
             is_out_of_memory(inner)
         }
         _ => false,
+    }
+}
+
+/// A point in the work of a device.
+pub(crate) struct Event(CudaEvent);
+
+impl Event {
+    /// After all that was enqueued so far.
+    pub fn record(device: &CudaDevice) -> Result<Self> {
+        let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        device.cuda_stream().record_event(timed).w().map(Self)
+    }
+
+    /// Waits for both.
+    pub fn seconds_to(&self, later: &Self) -> Result<f64> {
+        Ok(f64::from(self.0.elapsed_ms(&later.0).w()?) / 1e3)
     }
 }

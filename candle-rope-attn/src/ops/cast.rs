@@ -30,7 +30,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let y = tape::output(converted, x.shape());
     let x = x.clone();
-    tape::push(&y, move |grad, gradients| {
+    tape::push("cast", &y, move |grad, gradients| {
         let grad = grad.value;
         if grad.dtype() == x.dtype() {
             return gradients.add(&x, grad);

@@ -52,7 +52,7 @@ pub fn dropout_add(x: &Tensor, p: f32, seed: u64, residual: &Tensor) -> Result<T
     let drop = Drop(checked(x.dtype(), p, seed)?);
     let sum = drop.add(&x, &residual)?;
     let y = tape::output(sum, x.shape());
-    tape::push(&y, move |grad, gradients| {
+    tape::push("dropout_add", &y, move |grad, gradients| {
         let grad = grad.value.contiguous()?;
         gradients.add(&x, grad.apply_op1_no_bwd(&drop)?)?;
         gradients.add(&residual, grad)

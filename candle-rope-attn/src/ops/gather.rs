@@ -80,7 +80,7 @@ pub fn embedding_sum(parts: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
         return Ok(plain(y, shape));
     }
     let y = tape::output(y, shape);
-    tape::push(&y, move |grad, gradients| {
+    tape::push(op, &y, move |grad, gradients| {
         let grad = grad.value.contiguous()?;
         for (ids, table) in parts.iter().filter(|(_, table)| table.track_op()) {
             let count = table.dim(0)?;

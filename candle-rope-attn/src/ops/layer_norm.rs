@@ -48,7 +48,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         return x.apply_op3(&weight, &bias, op);
     }
     let y = tape::output(op.compute(&x, &weight, &bias)?, x.shape());
-    tape::push(&y, move |grad, gradients| {
+    tape::push("layer_norm", &y, move |grad, gradients| {
         let ([d_weight, d_bias], dx) = op.backward(&x, &weight, &grad.value)?;
         gradients.add(&x, dx)?;
         gradients.add(&weight, d_weight)?;

@@ -122,7 +122,12 @@ impl Linear {
             return Ok(plain(y, shape));
         }
         let y = tape::output(y, shape);
-        tape::push(&y, move |grad, gradients| {
+        let name = if activate {
+            "gelu_linear_add"
+        } else {
+            "linear"
+        };
+        tape::push(name, &y, move |grad, gradients| {
             self.backward(activate, grad, gradients)
         });
         Ok(y)

@@ -32,6 +32,7 @@ pub use layer_norm::layer_norm;
 pub use linear::{gelu_linear_add, linear, linear_add};
 pub use rope::rope;
 
+pub use crate::profile::{Part, Profile};
 pub use crate::tape::{Gradients, Tape, checkpoint};
 use gelu::gelu_and_backward;
 
