@@ -58,16 +58,6 @@ pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-pub(crate) fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
-    match storage {
-        Storage::Cuda(storage) => Ok(storage),
-        _ => bail!(
-            "got a tensor on {:?} among others on a GPU; move it with to_device",
-            storage.device().location()
-        ),
-    }
-}
-
 /// Pointers for launches on one stream. The launches come after what other streams did before to
 /// the memory, and before what they do once this is dropped.
 pub(crate) struct Pointers<'a> {

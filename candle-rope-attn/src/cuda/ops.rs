@@ -3,12 +3,11 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CudaDevice, CudaStorage, DType, Layout, Result, Shape, StorageRef, Tensor, bail,
-};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTable, OpTensor};
-use super::{Pointers, alloc, alloc_storage, check, cuda_storage, dtype_code, tensor};
+use super::{Pointers, alloc, alloc_storage, check, dtype_code, tensor};
+use crate::operand::Locked;
 use crate::ops::product::rows_and_columns;
 use crate::spec::Dropout;
 
@@ -213,8 +212,8 @@ pub(crate) fn layer_norm_backward(
 ) -> Result<(CudaStorage, Tensor)> {
     let [rows, width] = rows_and_width(x)?;
     let (device, dtype) = (x.0.device(), x.0.dtype());
-    let (stats, stats_layout) = stats.storage_and_layout();
-    let stats = (cuda_storage(&stats)?, stats_layout);
+    let stats = Locked::new(stats);
+    let stats = stats.operand()?.cuda()?;
     // SAFETY: reads no memory.
     let partials = unsafe { ffi::op_layer_norm_partials(rows as i64, width as i64) };
     let mut partial = alloc::<f32>(device, partials as usize * 3 * width)?;
@@ -337,8 +336,8 @@ pub(crate) fn cross_entropy_backward(
 ) -> Result<(CudaStorage, Shape)> {
     let (rows, vocab) = logits.1.shape().dims2()?;
     let (device, dtype) = (logits.0.device(), logits.0.dtype());
-    let (lse, lse_layout) = lse.storage_and_layout();
-    let lse = (cuda_storage(&lse)?, lse_layout);
+    let lse = Locked::new(lse);
+    let lse = lse.operand()?.cuda()?;
     let mut d_logits = alloc_storage(device, dtype, rows * vocab)?;
     let what = || describe("cross_entropy backward", logits.1, dtype);
     launch!(device, what, p => ffi::op_cross_entropy_bwd(
@@ -356,22 +355,17 @@ pub(crate) fn cross_entropy_backward(
 }
 
 /// Tensors whose storage is locked for the time of a launch.
-struct Locked<'a>(Vec<(StorageRef<'a>, &'a Layout)>);
+struct LockedTensors<'a>(Vec<Locked<'a>>);
 
-impl<'a> Locked<'a> {
+impl<'a> LockedTensors<'a> {
     fn new(tensors: impl IntoIterator<Item = &'a Tensor>) -> Self {
-        Self(
-            tensors
-                .into_iter()
-                .map(Tensor::storage_and_layout)
-                .collect(),
-        )
+        Self(tensors.into_iter().map(Locked::new).collect())
     }
 
     /// Their descriptions for a launch.
     fn op_tensors<'b>(&'b self, pointers: &mut Pointers<'b>) -> Result<Vec<OpTensor>> {
-        let describe = |(storage, layout): &'b (StorageRef<'a>, &'a Layout)| {
-            let storage = cuda_storage(storage)?;
+        let describe = |tensor: &'b Locked<'a>| {
+            let (storage, layout) = tensor.operand()?.cuda()?;
             Ok(OpTensor {
                 ptr: input(pointers, (storage, layout))?,
                 len: layout.shape().elem_count() as i64,
@@ -384,7 +378,7 @@ impl<'a> Locked<'a> {
 
 /// The norm of all elements, an f32 scalar.
 pub(crate) fn global_norm(device: &CudaDevice, tensors: &[Tensor]) -> Result<Tensor> {
-    let locked = Locked::new(tensors);
+    let locked = LockedTensors::new(tensors);
     let mut norm = alloc_storage(device, DType::F32, 1)?;
     let stream = device.cuda_stream();
     let mut pointers = Pointers::new(&stream)?;
@@ -433,11 +427,11 @@ pub(crate) struct AdamWTensor<'a> {
 /// change in the middle: the stream orders the step after everything enqueued before, and before
 /// everything after.
 pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) -> Result<()> {
-    let parameters = Locked::new(tensors.iter().map(|t| t.parameter));
-    let moments = Locked::new(tensors.iter().map(|t| t.moments));
-    let grads = Locked::new(tensors.iter().map(|t| t.grad));
-    let rounded = Locked::new(tensors.iter().filter_map(|t| t.rounded));
-    let scalars = Locked::new([step.grad_norm, step.steps]);
+    let parameters = LockedTensors::new(tensors.iter().map(|t| t.parameter));
+    let moments = LockedTensors::new(tensors.iter().map(|t| t.moments));
+    let grads = LockedTensors::new(tensors.iter().map(|t| t.grad));
+    let rounded = LockedTensors::new(tensors.iter().filter_map(|t| t.rounded));
+    let scalars = LockedTensors::new([step.grad_norm, step.steps]);
     let mut workspace = alloc::<f32>(device, 4)?;
 
     let stream = device.cuda_stream();
