@@ -36,7 +36,7 @@ __global__ void begin_step_kernel(const OpAdamW p, StepScalars* scalars) {
 // W elements, which begin on a boundary of 2 * W bytes.
 template <class R, int W>
 __device__ __forceinline__ void store_rounded(R* to, const float (&x)[W]) {
-  R rounded[W];
+  __align__(16) R rounded[W];
 #pragma unroll
   for (int i = 0; i < W; ++i) rounded[i] = from_float<R>(x[i]);
   if constexpr (W == 4) {
@@ -48,8 +48,7 @@ __device__ __forceinline__ void store_rounded(R* to, const float (&x)[W]) {
   }
 }
 
-// The same arithmetic as ops/adamw.rs.
-// R: the dtype of the rounded parameter, f32 if there is none.
+// The same arithmetic as ops/adamw.rs. R: the dtype of the rounded parameter, f32 if there is none.
 template <class T, class R, int W>
 __device__ __forceinline__ void update(const OpAdamWTensor& tensor, int64_t begin, int64_t end,
                                        const StepScalars& scalars, const StepConstants& constants) {

@@ -4,8 +4,9 @@
 //   forward:  y = (x - mean) * rstd * weight + bias; mean and rstd are kept
 //   backward, with n = (x - mean) * rstd and g = grad * weight:
 //     dx = rstd * (g - mean(g) - n * mean(g * n))
-//     dweight = sum over rows of grad * n, dbias = sum over rows of grad, and the sum of dx, which is
-//     the gradient of a bias before: a thread adds up its columns over the rows of its group, the groups of a block add theirs in order to one partial
+//     dweight = sum over rows of grad * n, dbias = sum over rows of grad, and the sum of dx, which
+//     is the gradient of a bias before: a thread adds up its columns over the rows of its group,
+//     the groups of a block add theirs in order to one partial
 //     sum, and a second kernel adds those in order.
 #include "ops.cuh"
 
@@ -199,7 +200,8 @@ int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const f
     return for_vector<T>(aligned, [&]<int W>() {
       return for_width<W>(width, [&]<int kGroup, int kElements>() {
         const int64_t blocks = (rows + kNormRows<kGroup> - 1) / kNormRows<kGroup>;
-        return launch(layer_norm_fwd_kernel<T, W, kGroup, kElements>, blocks, kNormThreads<kGroup>, 0, stream,
+        return launch(layer_norm_fwd_kernel<T, W, kGroup, kElements>, blocks,
+                      kNormThreads<kGroup>, 0, stream,
                       static_cast<const T*>(x), weight, bias, static_cast<T*>(y),
                       stats, rows, static_cast<int>(width), eps);
       });
@@ -218,7 +220,8 @@ int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const v
       return for_vector<T>(aligned, [&]<int W>() {
         return for_width<W>(width, [&]<int kGroup, int kElements>() {
           const size_t smem = kNormRows<kGroup> > 1 ? 3 * width * sizeof(float) : 0;
-          return launch(layer_norm_bwd_kernel<T, W, kGroup, kElements>, partials, kNormThreads<kGroup>, smem,
+          return launch(layer_norm_bwd_kernel<T, W, kGroup, kElements>, partials,
+                        kNormThreads<kGroup>, smem,
                         stream, static_cast<const T*>(x), weight, static_cast<const T*>(grad),
                         stats, static_cast<T*>(dx), partial, rows,
                         static_cast<int>(width));

@@ -222,7 +222,7 @@ impl Parameters {
                 .rounded(name)
                 .and_then(|rounded| found.remove(&rounded));
             match (found.remove(var), rounded) {
-                (Some(a), Some(b)) => Ok((a + b)?),
+                (Some(a), Some(b)) => Ok((&a + b.to_dtype(a.dtype())?)?),
                 (one, other) => one
                     .or(other)
                     .with_context(|| format!("{name} got no gradient")),

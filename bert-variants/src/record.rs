@@ -125,15 +125,21 @@ impl RunHeader {
         settings
     }
 
-    /// Whether a run with this header may go on as one with `other`: only device, program version
-    /// and the place of the cache may differ.
+    /// Whether a run with this header may go on as one with `other`: only device, program version,
+    /// the place of the cache and activation checkpointing may differ.
     ///
     /// # Errors
     /// Names every setting that differs.
     pub(crate) fn check_resumable_as(&self, other: &Self) -> Result<()> {
         let settings = |header: &Self| {
             let mut settings = header.settings();
-            for key in ["device", "code_version", "train_config.data.cache_dir"] {
+            // These change no result.
+            for key in [
+                "device",
+                "code_version",
+                "train_config.data.cache_dir",
+                "train_config.train.gradient_checkpointing",
+            ] {
                 settings.remove(key);
             }
             settings.insert("variant".to_string(), header.variant.clone());

@@ -27,7 +27,7 @@ use crate::tokenizer::Tokenizer;
 /// Name of the checkpoint inside a run's folder.
 pub const CHECKPOINT_DIR: &str = "checkpoint";
 
-/// How a model is trained. Every field but the last three decides the result.
+/// How a model is trained. All but `gradient_checkpointing` and the last three decide the result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Training")]
@@ -166,7 +166,7 @@ impl TrainConfig {
     }
 
     fn optimizer(&self, parameters: &Parameters) -> Result<AdamW> {
-        let parameters = parameters.vars().iter().map(|(name, var)| Parameter {
+        let parameters = parameters.trained().map(|(name, var)| Parameter {
             var: var.clone(),
             weight_decay: if decays(name) { self.weight_decay } else { 0.0 },
             rounded: parameters.rounded(name),
@@ -462,12 +462,12 @@ impl Trainer {
             return Ok(());
         }
         let mut bad = Vec::new();
-        for ((name, _), gradient) in self.parameters.vars().iter().zip(gradients) {
+        for ((name, _), gradient) in self.parameters.trained().zip(gradients) {
             if !global_norm(std::slice::from_ref(gradient))?
                 .to_scalar::<f32>()?
                 .is_finite()
             {
-                bad.push(name.as_str());
+                bad.push(name);
             }
         }
         bad.truncate(5);

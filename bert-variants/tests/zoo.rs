@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bert_variants::checkpoint::{ModelCard, from_pretrained, save_pretrained};
-use bert_variants::config::{BertConfig, ModelType, Norm, Task};
+use bert_variants::config::{BertConfig, Dropouts, ModelType, Norm, Task};
 use bert_variants::data::Batch;
 use bert_variants::model::{LanguageModel, Tokens};
 use bert_variants::parameters::Parameters;
@@ -90,6 +90,7 @@ fn every_weight_gets_a_gradient() {
         let mut config = config(*model_type);
         // All segments but the first are without a gradient, as all tokens are of the first.
         config.type_vocab_size = config.type_vocab_size.min(1);
+        config.dropout = Dropouts::of_hidden(0.1);
         let parameters = Parameters::init(&config, 0, &Device::Cpu).unwrap();
         let model = LanguageModel::new(&config, &parameters, true, DType::F32).unwrap();
         let batch = Batch {

@@ -4,7 +4,8 @@
 //! Attention never makes the matrix of scores: memory is linear in the sequence length in both
 //! passes. What to compute is plain data, an [`AttentionSpec`] (scale, causality, window, dropout
 //! and the [`PositionEncoding`]) and the [`Sequences`] (padding, or variable lengths without any);
-//! positions are applied inside, so rotated queries and keys or biases are never stored either.
+//! positions are applied inside, so no bias is stored either, nor rotated queries and keys, but for a
+//! backward pass on a GPU.
 //!
 //! | function | q, k, v | also differentiable |
 //! | --- | --- | --- |

@@ -11,14 +11,16 @@ use std::fmt::Display;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, MetalStorage, Result,
-    Shape, Storage, StorageRef, Tensor, TensorId, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, MetalStorage,
+    Result, Shape, Storage, StorageRef, Tensor, TensorId, Var, bail,
 };
 
 use crate::profile::mark;
 
 /// Name of a stretch of Candle's operations.
 const CANDLE: &str = "Candle's own";
+/// Name of the operation whose gradient may be wider than its output.
+pub(crate) const CAST: &str = "cast";
 
 /// What an operation does with the gradient of its output.
 type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
@@ -26,6 +28,7 @@ type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
 struct Node {
     name: &'static str,
     output: TensorId,
+    dtype: DType,
     backward: Backward,
 }
 
@@ -37,7 +40,8 @@ thread_local! {
 /// The differentiable operations of this crate that a function ran, for its backward pass.
 ///
 /// Candle's operations may come between: a stretch of them counts as one operation, which Candle
-/// differentiates. That is correct, but slow.
+/// differentiates. That is correct, but slow. What is recorded is a variable to Candle, whose own
+/// backward pass ends there. A tape belongs to the thread that records it.
 ///
 /// ```
 /// use candle_core::{Device, Result, Var};
@@ -94,7 +98,7 @@ impl Tape {
             )
         }
         self.adopt(loss);
-        if self.nodes.is_empty() {
+        if !self.nodes.iter().any(|node| node.output == loss.id()) {
             bail!("backward: the loss does not come from the recorded function")
         }
         self.propagate(
@@ -113,7 +117,11 @@ impl Tape {
     ) -> Result<()> {
         gradients.put(output, grad);
         while let Some(node) = self.nodes.pop() {
-            if let Some(grad) = gradients.0.remove(&node.output) {
+            if let Some(mut grad) = gradients.0.remove(&node.output) {
+                // The gradient of a weight is f32 where the weight may be narrower.
+                if node.name != CAST && grad.value.dtype() != node.dtype {
+                    grad.value = grad.value.to_dtype(node.dtype)?;
+                }
                 (node.backward)(grad, gradients)?;
                 mark("backward", node.name);
             }
@@ -128,20 +136,19 @@ impl Tape {
         }
         let output = x.clone();
         let backward: Backward = Box::new(move |grad, gradients| {
-            let grad = grad.value.to_dtype(output.dtype())?;
-            let found = (&output * grad)?.sum_all()?.backward()?;
-            for id in found.get_ids() {
-                if let Some(grad) = found.get_id(*id) {
-                    gradients.add_id(*id, grad.detach().into())?;
+            let mut found = (&output * grad.value)?.sum_all()?.backward()?;
+            for variable in output.sorted_nodes() {
+                if let Some(grad) = found.remove(variable) {
+                    gradients.add(variable, grad.detach())?;
                 }
             }
             Ok(())
         });
-        let output = x.id();
         mark("forward", CANDLE);
         self.nodes.push(Node {
             name: CANDLE,
-            output,
+            output: x.id(),
+            dtype: x.dtype(),
             backward,
         });
     }
@@ -168,9 +175,15 @@ pub struct Gradients(HashMap<TensorId, Gradient>);
 
 impl Gradients {
     /// Takes out the gradient of a variable, contiguous, in its shape. It is f32 where the variable
-    /// is a weight of a linear layer, else in the dtype of the variable.
+    /// is a weight of a linear layer on a GPU, else in the dtype of the variable.
     pub fn remove(&mut self, variable: &Tensor) -> Option<Tensor> {
         self.0.remove(&variable.id()).map(|grad| grad.value)
+    }
+
+    /// As [`Self::remove`], in a dtype.
+    pub(crate) fn remove_as(&mut self, variable: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+        let found = self.remove(variable);
+        found.map(|grad| grad.to_dtype(dtype)).transpose()
     }
 
     /// Puts in the whole gradient of x, for what [`Self::remove`] gave and more.
@@ -188,7 +201,7 @@ impl Gradients {
 
     fn add_id(&mut self, id: TensorId, grad: Gradient) -> Result<()> {
         let sum = match self.0.remove(&id) {
-            Some(before) => (before.value + grad.value)?.into(),
+            Some(before) => add_wider(before.value, grad.value)?.into(),
             None => grad,
         };
         self.0.insert(id, sum);
@@ -209,14 +222,36 @@ pub fn checkpoint<E: Display>(
         return f(x);
     }
     // What this tape keeps is freed at once.
-    let (y, _) = Tape::record(|| f(x))?;
+    let (mut y, _) = Tape::record(|| f(x))?;
+    if !y.track_op() {
+        return Ok(y);
+    }
+    if let Some(leaf) = as_leaf(&y) {
+        y = leaf;
+    }
     let x = x.clone();
     push("checkpoint", &y, move |grad, gradients| {
         let again = Tape::record(|| f(&x)).map_err(|error| Error::msg(format!("{error:#}")));
-        let (y, tape) = again?;
+        let (y, mut tape) = again?;
+        tape.adopt(&y);
         tape.propagate(&y, grad, gradients)
     });
     Ok(y)
+}
+
+/// A copy that Candle knows as a variable, of a result of its own operations.
+fn as_leaf(y: &Tensor) -> Option<Tensor> {
+    let copied = (!y.is_variable()).then(|| Var::from_tensor(&y.detach()));
+    Some(copied?.ok()?.as_tensor().clone())
+}
+
+/// `a + b` in the wider of their dtypes.
+fn add_wider(a: Tensor, b: Tensor) -> Result<Tensor> {
+    let wider = match a.dtype().size_in_bytes() >= b.dtype().size_in_bytes() {
+        true => a.dtype(),
+        false => b.dtype(),
+    };
+    a.to_dtype(wider)? + b.to_dtype(wider)?
 }
 
 /// Whether a tape records and one of the inputs leads to a variable. Else an operation belongs to
@@ -243,7 +278,7 @@ pub(crate) fn push(
     output: &Tensor,
     backward: impl FnOnce(Gradient, &mut Gradients) -> Result<()> + 'static,
 ) {
-    let output = output.id();
+    let (output, dtype) = (output.id(), output.dtype());
     let backward = Box::new(backward);
     mark("forward", name);
     RECORDING.with_borrow_mut(|tape| {
@@ -251,6 +286,7 @@ pub(crate) fn push(
             tape.nodes.push(Node {
                 name,
                 output,
+                dtype,
                 backward,
             });
         }

@@ -99,11 +99,12 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// An encoder that computes with `parameters` and sees every later change of them.
+    /// An encoder that computes with `parameters` and sees every later change that an optimizer made
+    /// after it makes of them.
     ///
     /// With `trainable` the results carry gradients to the parameters; without, no intermediate
     /// result is kept. Embeddings are summed and normalised in f32, everything after that is
-    /// computed in `dtype`, to which the f32 weights are cast where they are used.
+    /// computed in `dtype`, of which the parameters keep rounded weights.
     ///
     /// # Errors
     /// When the parameters do not belong to the configuration.

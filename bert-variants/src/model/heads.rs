@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Tensor};
-use candle_rope_attn::ops::{cross_entropy, gather_rows};
+use candle_rope_attn::ops::{cast, cross_entropy, gather_rows};
 
 use super::encoder::{Encoder, Tokens, check_ids};
 use super::layers::{LayerNorm, Linear, PassDropout, Weights, column, f32};
@@ -313,7 +313,7 @@ impl SequenceClassifier {
         let hidden = self.encoder.forward(tokens, dropout_seed)?;
         let pooled = match self.encoder.config().classifier_pooling {
             Pooling::Cls => first_of_sequence(&hidden, tokens)?,
-            Pooling::Mean => mean_of_sequence(&hidden, tokens)?,
+            Pooling::Mean => cast(&mean_of_sequence(&hidden, tokens)?, hidden.dtype())?,
         };
         self.head
             .forward(&pooled, PassDropout { seed: dropout_seed })
@@ -411,6 +411,11 @@ impl TokenClassifier {
             "got {} answers for {} sequences",
             answers.len(),
             tokens.num_sequences()
+        );
+        let labels = self.encoder.config().labels.len();
+        ensure!(
+            labels == 2,
+            "the model scores {labels} labels a token, expected 2: the first token of an answer, and the last"
         );
         let logits = self.logits(tokens, dropout_seed)?;
         let mut losses = Vec::with_capacity(answers.len());

@@ -423,9 +423,9 @@ pub(crate) struct AdamWTensor<'a> {
     pub keep: f64,
 }
 
-/// The tensors are changed under a lock for reading, as Candle gives out no other. No one sees them
-/// change in the middle: the stream orders the step after everything enqueued before, and before
-/// everything after.
+/// The tensors are changed under a lock for reading, as Candle gives out no other. No one who uses the
+/// same stream sees them change in the middle: it orders the step after everything enqueued before, and
+/// before everything after.
 pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) -> Result<()> {
     let parameters = LockedTensors::new(tensors.iter().map(|t| t.parameter));
     let moments = LockedTensors::new(tensors.iter().map(|t| t.moments));

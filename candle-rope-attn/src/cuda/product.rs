@@ -21,6 +21,9 @@ use crate::ops::product::Product;
 /// What cuBLAS recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
+/// Batches of ever new sizes would fill memory with plans.
+const MAX_PLANS: usize = 4096;
+
 thread_local! {
     /// One plan for every kind of product, as choosing an algorithm takes long.
     static PLANS: RefCell<HashMap<Key, Plan>> = RefCell::default();
@@ -92,6 +95,9 @@ pub(crate) fn product(product: &Product) -> Result<CudaStorage> {
         stream: pointers.stream(),
     };
     PLANS.with_borrow_mut(|plans| {
+        if plans.len() >= MAX_PLANS {
+            plans.clear();
+        }
         let plan = match plans.entry(key) {
             Entry::Occupied(plan) => plan.into_mut(),
             Entry::Vacant(place) => place.insert(Plan::new(device, key)?),

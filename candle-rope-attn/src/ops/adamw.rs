@@ -18,7 +18,7 @@ pub struct Parameter {
     pub var: Var,
     /// Rate of decoupled weight decay: 0 for none.
     pub weight_decay: f64,
-    /// The values in another dtype, for a model to compute with: rounded anew at every step.
+    /// The values in bf16 or f16, for a model to compute with: rounded anew at every step.
     pub rounded: Option<Var>,
 }
 
@@ -60,8 +60,8 @@ impl AdamW {
     /// An optimizer that has made no step.
     ///
     /// # Errors
-    /// When there are no parameters, one is not f32 or on another device than the first, or a
-    /// beta is outside `[0, 1)`.
+    /// When there are no parameters, one is not f32 or on another device than the first, rounded
+    /// values do not fit it, or a beta is outside `[0, 1)`.
     pub fn new(parameters: Vec<Parameter>, betas: (f64, f64), eps: f64) -> Result<Self> {
         let Some(first) = parameters.first() else {
             bail!("AdamW: got no parameters, expected at least one")
@@ -72,6 +72,9 @@ impl AdamW {
             super::check_device("AdamW", "a parameter", var, &device)?;
             if let Some(rounded) = rounded {
                 check_dtype("AdamW", rounded.dtype())?;
+                if rounded.dtype() == DType::F32 {
+                    bail!("AdamW: got rounded values in F32, expected BF16 or F16, or none")
+                }
                 super::check_shape("AdamW", "rounded", rounded, var.dims(), "its parameter")?;
                 super::check_device("AdamW", "rounded", rounded, &device)?;
             }

@@ -6,17 +6,20 @@ use candle_core::{DType, Result, Storage, Tensor};
 use super::plain;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
+use crate::element::check_dtype;
 use crate::operand::{Locked, Operand};
 use crate::tape;
 
-/// `x` in another dtype, contiguous.
+/// `x` in another dtype, contiguous; both are f32, bf16 or f16.
 ///
 /// On a [`Tape`](super::Tape) an f32 weight that is used as bf16 has an f32 gradient where an
 /// operation gives one: the gradient is not rounded on its way back.
 ///
 /// # Errors
-/// When memory runs out.
+/// When a dtype is another, or memory runs out.
 pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    check_dtype("cast", x.dtype())?;
+    check_dtype("cast", dtype)?;
     if x.dtype() == dtype {
         return Ok(x.clone());
     }
@@ -30,7 +33,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let y = tape::output(converted, x.shape());
     let x = x.clone();
-    tape::push("cast", &y, move |grad, gradients| {
+    tape::push(tape::CAST, &y, move |grad, gradients| {
         let grad = grad.value;
         if grad.dtype() == x.dtype() {
             return gradients.add(&x, grad);

@@ -35,21 +35,22 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     if p == 0.0 {
         return Ok(x.clone());
     }
-    tape::apply1(Drop(dropout), &x.contiguous()?)
+    tape::apply1(DropElements(dropout), &x.contiguous()?)
 }
 
-/// `residual + dropout(x)`, of one shape and dtype.
+/// `residual + dropout(x)`, of one shape and dtype. On a tape on a GPU it is rounded once, else after
+/// each of the two.
 ///
 /// # Errors
 /// As [`dropout`], and when the residual does not fit.
 pub fn dropout_add(x: &Tensor, p: f32, seed: u64, residual: &Tensor) -> Result<Tensor> {
     super::check_dtype("dropout", "residual", residual, x.dtype())?;
     super::check_shape("dropout", "residual", residual, x.dims(), "x")?;
-    if !tape::records(&[x, residual]) {
-        return dropout(x, p, seed)? + residual;
-    }
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
-    let drop = Drop(checked(x.dtype(), p, seed)?);
+    if !tape::records(&[&x, &residual]) {
+        return dropout(&x, p, seed)? + residual;
+    }
+    let drop = DropElements(checked(x.dtype(), p, seed)?);
     let sum = drop.add(&x, &residual)?;
     let y = tape::output(sum, x.shape());
     tape::push("dropout_add", &y, move |grad, gradients| {
@@ -68,9 +69,9 @@ fn checked(dtype: DType, p: f32, seed: u64) -> Result<Dropout> {
     Ok(Dropout { p, seed })
 }
 
-struct Drop(Dropout);
+struct DropElements(Dropout);
 
-impl Drop {
+impl DropElements {
     /// `residual + drop(x)`.
     fn add(&self, x: &Tensor, residual: &Tensor) -> Result<Storage> {
         let locked = (Locked::new(x), Locked::new(residual));
@@ -120,7 +121,7 @@ fn drop_chunk<T: Element>(mask: DropoutMask, first_group: u64, x: &[T], y: &mut 
     }
 }
 
-impl CustomOp1 for Drop {
+impl CustomOp1 for DropElements {
     fn name(&self) -> &'static str {
         "dropout"
     }

@@ -37,7 +37,7 @@ pub fn gather_rows(x: &Tensor, rows: &Tensor) -> Result<Tensor> {
     gather(x, rows, ["gather_rows", "row", "x"])
 }
 
-/// Tables that an [`embedding_sum`] takes at most.
+/// Tables that an [`embedding_sum`] takes at most; as `OP_MAX_TABLES` in `cuda/ops.h`.
 pub const MAX_TABLES: usize = 4;
 
 /// The sum of one row each of several tables, as the embeddings of a token add up: row i of the
@@ -63,18 +63,18 @@ pub fn embedding_sum(parts: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
         super::check_shape(op, "a table", table, &expected, "the first one")?;
         super::check_shape(op, "ids", ids, first_ids.dims(), "the first ones")?;
     }
-    let tables: Vec<_> = parts.iter().map(|(_, table)| *table).collect();
-    let records = tape::records(&tables);
-    if !records && tables.iter().any(|table| table.track_op()) {
-        let first = embedding(first_ids, first_table);
-        let mut others = parts[1..].iter();
-        return others.try_fold(first?, |sum, (ids, table)| sum + embedding(ids, table)?);
-    }
+    let shape = (first_ids.elem_count(), first_table.dim(1)?);
     let parts = parts
         .iter()
         .map(|(ids, table)| Ok((ids.contiguous()?, table.contiguous()?)))
         .collect::<Result<Vec<_>>>()?;
-    let shape = (first_ids.elem_count(), first_table.dim(1)?);
+    let tables: Vec<_> = parts.iter().map(|(_, table)| table).collect();
+    let records = tape::records(&tables);
+    if !records && tables.iter().any(|table| table.track_op()) {
+        let mut rows = parts.iter().map(|(ids, table)| embedding(ids, table));
+        let first = rows.next().unwrap_or_else(|| bail!("{op}: got no table"));
+        return rows.try_fold(first?, |sum, row| sum + row?);
+    }
     let y = sum_rows(&parts, shape)?;
     if !records {
         return Ok(plain(y, shape));

@@ -192,13 +192,13 @@ impl Linear {
             input = activated;
             gradients.add(&self.x, dx)?;
         } else if self.x.track_op() {
-            let before = gradients.remove(&self.x);
+            let before = gradients.remove_as(&self.x, x.dtype())?;
             let dx = product([&grad, &weight], [false, false], before.as_ref(), x.dtype())?;
             gradients.put(&self.x, dx.reshape(x.shape())?.into());
         }
         if self.weight.track_op() {
             let input = input.reshape((rows, inputs))?;
-            let before = gradients.remove(&self.weight);
+            let before = gradients.remove_as(&self.weight, DType::F32)?;
             let dw = product([&grad, &input], [true, false], before.as_ref(), DType::F32)?;
             gradients.put(&self.weight, dw.into());
         }

@@ -1,7 +1,8 @@
 //! Differentiable operations besides attention.
 //!
-//! Each runs on f32, bf16 and f16 with f32 arithmetic, has a backward pass of its own, and keeps
-//! only what that needs. Results on the CPU are the same bits on any number of threads.
+//! Each runs on f32, bf16 and f16 with f32 arithmetic and has a backward pass of its own, in Candle's
+//! graph or, for a training step that is fast and small, on a [`Tape`]. Results on the CPU are the same
+//! bits on any number of threads.
 
 mod adamw;
 mod cast;

@@ -52,6 +52,16 @@ impl Product<'_> {
     }
 
     pub fn compute(&self) -> Result<Storage> {
+        let [rows, inner, columns] = self.sizes();
+        let addends = [(self.add, rows * columns), (self.bias, columns)];
+        let fits = |(operand, elements): (Option<Operand>, usize)| {
+            operand.is_none_or(|x| {
+                x.dtype() == self.dtype && x.layout().shape().elem_count() == elements
+            })
+        };
+        if inner != self.right.dims()[0] || !addends.into_iter().all(fits) {
+            bail!("product: the operands of a {rows}x{inner}x{columns} product do not fit")
+        }
         match self.left.operand {
             Operand::Cpu(..) => self.cpu().map(|y| Storage::Cpu(CpuStorage::F32(y))),
             #[cfg(feature = "cuda")]

@@ -1,12 +1,13 @@
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{dropout, dropout_add};
+use candle_rope_attn::ops::{Gradients, Tape, dropout, dropout_add};
 
-use crate::common::{DTYPES, Input, Reference, compare, device_tests};
+use crate::common::{DTYPES, Input, Reference, assert_close, compare, device_tests, values};
 
 device_tests!(
     drops_as_documented,
     adds_to_a_residual,
+    takes_strided_inputs,
     seeds_and_rates,
     no_dropout
 );
@@ -79,6 +80,27 @@ fn adds_to_a_residual(device: &Device) -> Result<()> {
                 (sum.collect(), vec![d_x, grad.to_vec()])
             },
         )?;
+    }
+    Ok(())
+}
+
+/// Gradients find their way through what makes a tensor contiguous.
+fn takes_strided_inputs(device: &Device) -> Result<()> {
+    let var = |seed| Input::random(&[6, 5], DType::F32, seed).var(device);
+    let (x, residual) = (var(1)?, var(2)?);
+    let run = || {
+        dropout_add(&x.t()?, 0.5, 3, &residual.t()?)?
+            .sqr()?
+            .sum_all()
+    };
+    let in_graph = run()?.backward()?;
+    let (loss, tape) = Tape::record(run)?;
+    let mut on_tape = Gradients::default();
+    tape.backward(&loss, 1.0, &mut on_tape)?;
+    for var in [&x, &residual] {
+        let expected = in_graph.get(var).context("no gradient")?;
+        let got = on_tape.remove(var).context("no gradient on the tape")?;
+        assert_close("dropout_add of transposes", &got, &values(expected)?)?;
     }
     Ok(())
 }

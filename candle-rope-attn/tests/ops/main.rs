@@ -11,4 +11,5 @@ mod global_norm;
 mod layer_norm;
 mod linear;
 mod rope;
+mod tape;
 mod threads;
