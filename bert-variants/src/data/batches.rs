@@ -147,6 +147,57 @@ impl Batches {
         Ok(batches)
     }
 
+    /// Evaluations that differ in the length of their sequences alone: of `config.seq_len`, then
+    /// of each of `longer`, which are multiples of the one before. About `max_chunks` sequences of
+    /// `config.seq_len`.
+    ///
+    /// A longer sequence joins whole sequences of `config.seq_len`; as one `[CLS]` and `[SEP]` are
+    /// enough for it, it stays two tokens below its length for each that it joins but the first.
+    /// So all evaluations have the same text, that of documents which fill the longest sequence,
+    /// the same labels, and sequences of that length only. Batches hold as much text as those of
+    /// `config`.
+    ///
+    /// # Errors
+    /// As [`Batches::evaluation`], and when a length is no multiple of the one before, or no
+    /// document is long enough.
+    pub fn evaluations_by_length(
+        dataset: &TokenDataset,
+        tokenizer: &Tokenizer,
+        config: &BatchConfig,
+        longer: &[usize],
+        max_chunks: usize,
+    ) -> Result<Vec<(usize, Self)>> {
+        config.validate()?;
+        check_lengths(config.seq_len, longer)?;
+        let text = config.seq_len - 2;
+        let longest = longer.last().map_or(1, |longest| longest / config.seq_len);
+        let sequences = (max_chunks / longest).max(1);
+        let dataset = Arc::new(dataset.whole_pieces((longest * text) as u64, sequences as u64)?);
+        let lengths = std::iter::once(&config.seq_len).chain(longer);
+        lengths
+            .map(|&length| {
+                let joined = length / config.seq_len;
+                let config = BatchConfig {
+                    seq_len: joined * text + 2,
+                    batch_size: (config.batch_size / joined).max(1),
+                    ..config.clone()
+                };
+                let batches = Self::evaluation(dataset.clone(), tokenizer, config, usize::MAX)?;
+                Ok((length, batches))
+            })
+            .collect()
+    }
+
+    /// All batches of an evaluation, or of the first epoch of training.
+    ///
+    /// # Errors
+    /// As [`Batches::get`].
+    pub fn collect(&self) -> Result<Vec<Batch>> {
+        (0..self.num_batches())
+            .map(|index| self.get(index))
+            .collect()
+    }
+
     /// Number of chunks of the data set.
     pub fn num_chunks(&self) -> usize {
         self.chunks.len()
@@ -233,6 +284,20 @@ impl Batches {
             batch.label(batch.input_ids.len() - 2, self.special.sep);
         }
     }
+}
+
+/// # Errors
+/// When one of `longer` is no multiple of the length before it, the first of `seq_len`.
+pub(crate) fn check_lengths(seq_len: usize, longer: &[usize]) -> Result<()> {
+    let mut before = seq_len;
+    for &length in longer {
+        ensure!(
+            length > before && length.is_multiple_of(before),
+            "eval_lengths must be multiples of seq_len {seq_len}, each of the one before, got {length} after {before}"
+        );
+        before = length;
+    }
+    Ok(())
 }
 
 /// A batch that is being filled.
@@ -824,6 +889,51 @@ mod tests {
         data.validation
             .read(&(document.start..document.start + 5), &mut start);
         assert_eq!(unmasked(&first[0])[1..6], start);
+    }
+
+    #[test]
+    fn evaluations_of_every_length_predict_the_same_tokens() {
+        let (_dir, data) = data(60);
+        let evaluations = |objective, longer: &[usize]| {
+            let config = BatchConfig {
+                objective,
+                seq_len: 32,
+                batch_size: 8,
+                ..Default::default()
+            };
+            Batches::evaluations_by_length(&data.validation, &data.tokenizer, &config, longer, 40)
+        };
+        for objective in [Objective::Mlm, Objective::Clm] {
+            let [short, middle, long] = &evaluations(objective, &[64, 128]).unwrap()[..] else {
+                panic!("expected three lengths")
+            };
+            let [short, middle, long] =
+                [(short, 32), (middle, 62), (long, 122)].map(|((_, batches), len)| {
+                    let batches = batches.collect().unwrap();
+                    for batch in &batches {
+                        assert!(batch.cu_seqlens.windows(2).all(|b| b[1] - b[0] == len));
+                    }
+                    batches
+                });
+            assert_eq!(short.len(), 5, "40 sequences in batches of 8");
+            for (short, longer) in short.iter().chain(&short).zip(middle.iter().chain(&long)) {
+                assert_eq!(short.labels, longer.labels);
+                let seen = |batch: &Batch| -> Vec<u32> {
+                    let special = data.tokenizer.special();
+                    let ids = batch.input_ids.iter().copied();
+                    ids.filter(|id| ![special.cls, special.sep].contains(id))
+                        .collect()
+                };
+                assert_eq!(seen(short), seen(longer));
+            }
+        }
+        let error = |longer| {
+            let evaluations = evaluations(Objective::Mlm, longer);
+            evaluations.unwrap_err().to_string()
+        };
+        assert!(error(&[32]).contains("got 32 after 32"));
+        assert!(error(&[64, 96]).contains("got 96 after 64"));
+        assert!(error(&[64, 4096]).contains("no document has 3840 tokens"));
     }
 
     #[test]

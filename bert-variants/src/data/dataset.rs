@@ -128,6 +128,29 @@ impl TokenDataset {
         (train, held_out)
     }
 
+    /// The first `most` pieces of `piece` tokens: the whole ones that each document begins with.
+    ///
+    /// # Errors
+    /// When no document has `piece` tokens.
+    pub fn whole_pieces(&self, piece: u64, most: u64) -> Result<Self> {
+        let mut left = most;
+        let mut documents = Vec::new();
+        for document in &self.documents {
+            let pieces = (length(document) / piece).min(left);
+            if pieces > 0 {
+                documents.push(document.start..document.start + pieces * piece);
+                left -= pieces;
+            }
+        }
+        ensure!(
+            !documents.is_empty(),
+            "{}: no document has {piece} tokens, the longest has {}; pass longer documents, or evaluate on shorter inputs",
+            self.description(),
+            self.documents.iter().map(length).max().unwrap_or(0)
+        );
+        Ok(self.part(documents))
+    }
+
     fn part(&self, documents: Vec<Range<u64>>) -> Self {
         Self {
             file: self.file.clone(),
