@@ -30,6 +30,8 @@ pub enum Record {
     Train(TrainRecord),
     /// One evaluation on held-out text.
     Eval(EvalRecord),
+    /// One evaluation of the trained model on inputs of one length.
+    Length(LengthRecord),
     /// Last line of a run that reached its end.
     Summary(RunSummary),
 }
@@ -184,8 +186,9 @@ pub(crate) fn flatten(key: &str, value: &Value, into: &mut BTreeMap<String, Stri
                 flatten(&format!("{key}{dot}{name}"), value, into);
             }
         }
-        // A setting that is null is a setting that is absent.
+        // A setting that is null is a setting that is absent; so is an empty list.
         Value::Null => {}
+        Value::Array(list) if list.is_empty() => {}
         value => {
             into.insert(key.to_string(), value.to_string());
         }
@@ -232,6 +235,22 @@ pub struct EvalRecord {
     /// `exp(loss)`.
     #[serde(with = "float")]
     pub perplexity: f64,
+}
+
+/// The trained model on inputs of one length. The records of a run are on the same tokens of
+/// held-out text: those of the training length come first, for comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LengthRecord {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Most tokens of an input.
+    pub seq_len: u64,
+    /// Mean cross-entropy in nats over the predicted tokens.
+    #[serde(with = "float")]
+    pub loss: f64,
+    /// Share of predicted tokens that are right, 0 to 1.
+    #[serde(with = "float")]
+    pub accuracy: f64,
 }
 
 /// Figures of a whole run.
@@ -298,9 +317,9 @@ impl RunWriter {
     /// Continues the records of the run in `dir` after optimizer step `step`, or from its very
     /// beginning, as the run that `header` describes.
     ///
-    /// Training and evaluation records of later steps and the summary are dropped, so that the
-    /// records of a resumed run equal those of an uninterrupted one. TensorBoard is told to drop
-    /// the same steps by a session start event.
+    /// Training and evaluation records of later steps and those of the trained model are dropped,
+    /// so that the records of a resumed run equal those of an uninterrupted one. TensorBoard is
+    /// told to drop the same steps by a session start event.
     ///
     /// # Errors
     /// Where `dir` holds no run, or a line of it is no record.
@@ -318,7 +337,7 @@ impl RunWriter {
                 }
                 Record::Train(train) => Some(train.step) <= step,
                 Record::Eval(eval) => Some(eval.step) <= step,
-                Record::Summary(_) => false,
+                Record::Length(_) | Record::Summary(_) => false,
             };
             if keep {
                 kept.extend(line(&record)?);
@@ -361,7 +380,7 @@ impl RunWriter {
                     ("eval/perplexity", r.perplexity),
                 ],
             ),
-            Record::Run(_) | Record::Summary(_) => {}
+            Record::Run(_) | Record::Length(_) | Record::Summary(_) => {}
         }
         Ok(())
     }
@@ -386,6 +405,8 @@ pub struct Run {
     pub train: Vec<TrainRecord>,
     /// Evaluations, steps increasing.
     pub eval: Vec<EvalRecord>,
+    /// The trained model by input length, lengths increasing.
+    pub lengths: Vec<LengthRecord>,
     /// Present where the run reached its end.
     pub summary: Option<RunSummary>,
     /// What a reader of the numbers should know, such as a torn last line.
@@ -427,6 +448,7 @@ pub fn read_run(path: &Path) -> Result<Run> {
         header,
         train: Vec::new(),
         eval: Vec::new(),
+        lengths: Vec::new(),
         summary: None,
         warnings: torn.into_iter().collect(),
         path: path.clone(),
@@ -450,6 +472,7 @@ pub fn read_run(path: &Path) -> Result<Run> {
                 check_step(run.eval.last().map(|last| last.step), r.step, &at(number))?;
                 run.eval.push(r);
             }
+            Record::Length(r) => run.lengths.push(r),
             Record::Summary(r) => run.summary = Some(r),
         }
     }

@@ -6,7 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use bert_variants::data::Objective;
 use bert_variants::record::{
-    EvalRecord, METRICS_FILE, Record, Run, RunHeader, RunSummary, RunWriter, TrainRecord, read_run,
+    EvalRecord, LengthRecord, METRICS_FILE, Record, Run, RunHeader, RunSummary, RunWriter,
+    TrainRecord, read_run,
 };
 use bert_variants::report::{self, Effect, Reading, ReportOptions, Verdict};
 use serde_json::json;
@@ -58,6 +59,15 @@ fn eval(step: u64, loss: f64) -> EvalRecord {
     }
 }
 
+fn length(seq_len: u64, loss: f64) -> LengthRecord {
+    LengthRecord {
+        step: 40,
+        seq_len,
+        loss,
+        accuracy: 0.5,
+    }
+}
+
 /// Forty training records and the given evaluations, ten steps apart.
 fn run(variant: &str, seed: u64, losses: &[f64]) -> Run {
     Run {
@@ -71,6 +81,7 @@ fn run(variant: &str, seed: u64, losses: &[f64]) -> Run {
             .zip(0..)
             .map(|(loss, i)| eval(10 * i, *loss))
             .collect(),
+        lengths: Vec::new(),
         summary: Some(RunSummary {
             step: 40,
             seconds: 20.0,
@@ -111,6 +122,7 @@ fn records_come_back_as_written_non_finite_too() {
             Record::Train(train(1, 0.1 + 0.2)),
             Record::Eval(eval(1, 2.5)),
             Record::Train(diverged),
+            Record::Length(length(512, f64::NAN)),
             Record::Summary(summary),
         ],
     );
@@ -119,6 +131,7 @@ fn records_come_back_as_written_non_finite_too() {
     assert_eq!(run.train[0], train(1, 0.1 + 0.2));
     assert!(run.train[1].loss.is_nan() && run.train[1].grad_norm == f64::INFINITY);
     assert_eq!((run.eval, run.summary), (vec![eval(1, 2.5)], Some(summary)));
+    assert!(run.lengths[0].seq_len == 512 && run.lengths[0].loss.is_nan());
     assert_eq!(run.warnings, [""; 0]);
     assert!(
         RunWriter::create(dir.path(), &header("bert", 1)).is_err(),
@@ -174,7 +187,11 @@ fn resumed_records_equal_uninterrupted_ones() {
         .collect();
     let (whole, resumed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(whole.path(), &records);
-    write(resumed.path(), &records[..10]);
+    let of_the_trained_model = [Record::Length(length(128, 3.0))];
+    write(
+        resumed.path(),
+        &[&records[..10], &of_the_trained_model].concat(),
+    );
     let path = resumed.path().join(METRICS_FILE);
     let mut torn = fs::read(&path).unwrap();
     torn.extend(b"{\"kind\":\"tr");
@@ -336,6 +353,96 @@ fn claims_follow_the_numbers() {
     assert_eq!(verdict(&mixed, "lower loss"), Verdict::WithinNoise);
     mixed[3].eval.last_mut().unwrap().loss = f64::NAN;
     assert_eq!(verdict(&mixed, "lower loss"), Verdict::NotTested);
+}
+
+/// `(trained, long)` losses at 128 and 512 tokens, a pair for every run of [`two_variants`].
+fn with_lengths(losses: [(f64, Option<f64>); 4]) -> Vec<Run> {
+    let mut runs = two_variants();
+    for (run, (trained, long)) in runs.iter_mut().zip(losses) {
+        let long = long.map(|loss| length(512, loss));
+        run.lengths = [length(128, trained)].into_iter().chain(long).collect();
+        run.header.model_config["max_position_embeddings"] = json!(128);
+    }
+    runs
+}
+
+#[test]
+fn extrapolation_is_judged_by_the_same_text() {
+    let claim = |runs: &[Run], text: &str| {
+        let claims = report::summarize(runs, "t").unwrap().claims;
+        let claim = claims.into_iter().find(|c| c.claim.contains(text)).unwrap();
+        (claim.verdict, claim.evidence)
+    };
+    let extrapolates = |long: [f64; 2]| {
+        let [first, second] = [(2.8, Some(long[0])), (2.9, Some(long[1]))];
+        let runs = with_lengths([(3.0, None), (3.2, None), first, second]);
+        (
+            claim(&runs, "extrapolates"),
+            claim(&[runs[0].clone(), runs[2].clone()], "extrapolates").0,
+        )
+    };
+    let (higher, one_seed) = extrapolates([3.3, 3.5]);
+    assert_eq!(
+        (higher.0, one_seed),
+        (Verdict::NotSupported, Verdict::OneSeed)
+    );
+    assert!(
+        higher
+            .1
+            .starts_with("+0.5500 ± 0.0707 (n = 2) nats at 512 tokens"),
+        "{}",
+        higher.1
+    );
+    assert_eq!(extrapolates([2.7, 2.75]).0.0, Verdict::Supported);
+    assert_eq!(extrapolates([2.9, 2.8]).0.0, Verdict::Supported);
+    assert_eq!(extrapolates([f64::NAN, 2.8]).0.0, Verdict::NotTested);
+
+    let on_long = |absolute: Option<f64>, rope: f64| {
+        let [first, second] = [(3.0, absolute), (3.0, absolute.map(|loss| loss + 0.001))];
+        let rope = (2.7, Some(rope));
+        claim(&with_lengths([first, second, rope, rope]), "long inputs")
+    };
+    let (verdict, evidence) = on_long(None, 2.7);
+    assert_eq!(verdict, Verdict::NotTested);
+    assert!(
+        evidence.contains("past the training length of 128") && evidence.contains("-10.00"),
+        "{evidence}"
+    );
+    assert_eq!(on_long(Some(4.0), 3.7).0, Verdict::Supported);
+    assert_eq!(on_long(Some(4.0), 2.0).0, Verdict::NotSupported);
+    assert_eq!(on_long(Some(4.0), 3.9).0, Verdict::NotSupported);
+    assert_eq!(on_long(Some(4.0), f64::NAN).0, Verdict::NotTested);
+}
+
+#[test]
+fn losses_by_length_are_a_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let rope = (2.8, Some(2.7));
+    let mut runs = with_lengths([(3.0, None), (3.2, None), rope, rope]);
+    let paths = report::write_report(&runs, dir.path(), &ReportOptions::default()).unwrap();
+    let tables = fs::read_to_string(&paths.summary_md).unwrap();
+    for line in [
+        "| objective | variant | 128 tokens | 512 tokens |",
+        "| MLM | bert | 3.1000 ± 0.1414 | undefined |",
+        "| MLM | roformer | 2.8000 ± 0.0000 | 2.7000 ± 0.0000 |",
+    ] {
+        assert!(tables.contains(line), "{line} is not in {tables}");
+    }
+    let json = fs::read_to_string(&paths.summary_json).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let bert = &json["variants"][0]["lengths"][1];
+    assert_eq!(
+        (&bert["seq_len"], &bert["defined"], &bert["loss"]),
+        (&json!(512), &json!(false), &json!(null))
+    );
+
+    // A longer table is no reason: the run was not evaluated there.
+    for run in &mut runs {
+        run.header.model_config["max_position_embeddings"] = json!(512);
+    }
+    report::write_report(&runs, dir.path(), &ReportOptions::default()).unwrap();
+    let tables = fs::read_to_string(&paths.summary_md).unwrap();
+    assert!(tables.contains("| MLM | bert | 3.1000 ± 0.1414 | - |"));
 }
 
 #[test]

@@ -1,13 +1,16 @@
 //! What is said of rotary position encoding (RoPE, Su et al. 2021) against learned absolute
 //! positions, and what the runs say of it.
 
+use std::ops::RangeInclusive;
+use std::slice;
+
 use serde::Serialize;
 
 use super::stats::Stat;
 use super::summary::{self, Group, Reading};
 use super::tables::{count, decimal};
 use crate::data::Objective;
-use crate::record::RunHeader;
+use crate::record::{Run, RunHeader};
 
 /// One claim with its verdict.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -124,9 +127,6 @@ fn judge_pair(rope: &Group, absolute: &Group, common: Option<f64>) -> Vec<Claim>
         evidence,
     };
     let loss = rope.difference(absolute, summary::final_loss);
-    let percent = rope.paired(absolute, |a, b| {
-        Some(100.0 * (summary::final_loss(a)? / summary::final_loss(b)? - 1.0))
-    });
     let steps = common.and_then(|loss| rope.difference(absolute, |r| summary::steps_to(r, loss)));
     let steps_what = format!(
         "steps to evaluation loss {}, which every finished run reached",
@@ -139,21 +139,12 @@ fn judge_pair(rope: &Group, absolute: &Group, common: Option<f64>) -> Vec<Claim>
         ),
         claim(
             "RoPE is 5 to 10 % better on long inputs",
-            (
-                Verdict::NotTested,
-                format!(
-                    "evaluated on inputs of the training length only; there the final loss \
-                     differs by {}",
-                    percent.map_or("-".to_string(), |p| signed(p, 2) + " %")
-                ),
-            ),
+            better_on_long_inputs(rope, absolute),
         ),
-        claim("RoPE extrapolates past the training length", {
-            (
-                Verdict::NotTested,
-                "no evaluation past the training length".to_string(),
-            )
-        }),
+        claim(
+            "RoPE extrapolates past the training length",
+            extrapolates(rope),
+        ),
         claim(
             "RoPE needs fewer parameters",
             fewer_parameters(rope, absolute),
@@ -193,6 +184,79 @@ fn lower(difference: Option<Stat>, digits: usize, what: &str) -> (Verdict, Strin
     (verdict, format!("{} {what}", signed(difference, digits)))
 }
 
+/// A claim of a size: supported where the whole interval lies inside it.
+fn inside(stat: Stat, range: RangeInclusive<f64>) -> Verdict {
+    let Some(noise) = stat.two_standard_errors() else {
+        return Verdict::OneSeed;
+    };
+    let (low, high) = (stat.mean - noise, stat.mean + noise);
+    if range.contains(&low) && range.contains(&high) {
+        Verdict::Supported
+    } else if high < *range.start() || low > *range.end() {
+        Verdict::NotSupported
+    } else {
+        Verdict::WithinNoise
+    }
+}
+
+/// On the longest inputs past the training length that both read.
+fn better_on_long_inputs(rope: &Group, absolute: &Group) -> (Verdict, String) {
+    let percent = |loss: &dyn Fn(&Run) -> Option<f64>| {
+        rope.paired(absolute, |a, b| Some(100.0 * (loss(a)? / loss(b)? - 1.0)))
+    };
+    let text = |stat: Option<Stat>| stat.map_or("-".to_string(), |stat| signed(stat, 2) + " %");
+    let [ours, theirs] = [rope, absolute].map(|group| summary::lengths(slice::from_ref(group)));
+    let both: Vec<u64> = ours.into_iter().filter(|l| theirs.contains(l)).collect();
+    match both[..] {
+        [] => (
+            Verdict::NotTested,
+            format!(
+                "evaluated on inputs of the training length only; there the final loss differs \
+                 by {}",
+                text(percent(&summary::final_loss))
+            ),
+        ),
+        [trained] => (
+            Verdict::NotTested,
+            format!(
+                "no input past the training length of {trained} tokens was read by both: learned \
+                 positions end with their table; at {trained} tokens the loss differs by {}",
+                text(percent(&|run| summary::loss_at(run, trained)))
+            ),
+        ),
+        [trained, .., longest] => {
+            let difference = percent(&|run| summary::loss_at(run, longest));
+            let verdict = match difference {
+                Some(difference) if difference.mean.is_finite() => inside(difference, -10.0..=-5.0),
+                _ => Verdict::NotTested,
+            };
+            let evidence = format!(
+                "{} of loss at {longest} tokens, trained on {trained}",
+                text(difference)
+            );
+            (verdict, evidence)
+        }
+    }
+}
+
+/// On the longest inputs, against the same text in inputs of the training length.
+fn extrapolates(rope: &Group) -> (Verdict, String) {
+    let [trained, .., longest] = summary::lengths(slice::from_ref(rope))[..] else {
+        let text = "no evaluation past the training length (--eval-lengths)".to_string();
+        return (Verdict::NotTested, text);
+    };
+    let rise =
+        rope.stat(|run| Some(summary::loss_at(run, longest)? - summary::loss_at(run, trained)?));
+    let what = format!(
+        "nats at {longest} tokens against the same text in inputs of {trained}, the training length"
+    );
+    match lower(rise, 4, &what) {
+        // It is enough not to lose.
+        (Verdict::WithinNoise, text) => (Verdict::Supported, text),
+        other => other,
+    }
+}
+
 fn saved(rope: &Group, absolute: &Group) -> i128 {
     i128::from(absolute.header().parameters) - i128::from(rope.header().parameters)
 }
@@ -223,7 +287,6 @@ fn half_a_million(rope: &Group, absolute: &Group) -> (Verdict, String) {
     (verdict, format!("exactly {} fewer", count(saved as f64)))
 }
 
-/// An equivalence: supported where the whole interval lies inside the margin.
 fn same_speed(rope: &Group, absolute: &Group) -> (Verdict, String) {
     if rope.header().devices() != absolute.header().devices() {
         return (Verdict::NotTested, "run on different devices".to_string());
@@ -234,12 +297,7 @@ fn same_speed(rope: &Group, absolute: &Group) -> (Verdict, String) {
             "no shared seed has training speeds of both".to_string(),
         );
     };
-    let verdict = match faster.two_standard_errors() {
-        None => Verdict::OneSeed,
-        Some(noise) if faster.mean.abs() + noise <= SAME_SPEED => Verdict::Supported,
-        Some(noise) if faster.mean.abs() - noise > SAME_SPEED => Verdict::NotSupported,
-        Some(_) => Verdict::WithinNoise,
-    };
+    let verdict = inside(faster, -SAME_SPEED..=SAME_SPEED);
     let text = format!(
         "{} % training tokens/s; same means within {SAME_SPEED} %",
         signed(faster, 1)

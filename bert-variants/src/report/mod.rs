@@ -21,7 +21,7 @@ pub use fairness::{ConfigDifference, Effect, Fairness};
 pub(crate) use html::STYLE;
 pub use stats::Stat;
 pub use summary::{
-    Difference, EvalStats, GradientNorm, Reading, Summary, Threshold, VariantSummary,
+    Difference, EvalStats, GradientNorm, LengthStats, Reading, Summary, Threshold, VariantSummary,
 };
 
 use crate::record::{Run, write_atomic};

@@ -1,12 +1,14 @@
 //! The numbers of the report, computed from the runs.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::claims::{self, Claim};
 use super::fairness::{self, Fairness};
 use super::stats::{self, Stat};
 use crate::data::Objective;
-use crate::record::{EvalRecord, Run, RunHeader};
+use crate::record::{EvalRecord, LengthRecord, Run, RunHeader};
 
 /// Everything the report says in numbers; also its `summary.json`, where NaN is `null`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -54,6 +56,8 @@ pub struct VariantSummary {
     pub final_eval: Option<EvalStats>,
     /// The evaluation of the lowest loss.
     pub best_eval: Option<EvalStats>,
+    /// The trained model by input length; empty where none was evaluated so.
+    pub lengths: Vec<LengthStats>,
     /// Time to fixed evaluation losses.
     pub thresholds: Vec<Threshold>,
     /// Gradient norms before clipping.
@@ -71,6 +75,20 @@ pub struct EvalStats {
     pub accuracy: Stat,
     /// `exp(loss)`.
     pub perplexity: Stat,
+}
+
+/// Held-out loss on inputs of one length, over seeds. The same text is cut into inputs of each
+/// length.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct LengthStats {
+    /// Most tokens of an input; the first of a variant is the training length.
+    pub seq_len: u64,
+    /// Whether the variant reads inputs of that length: a table of learned positions ends.
+    pub defined: bool,
+    /// Nats a predicted token.
+    pub loss: Option<Stat>,
+    /// Share of right predictions.
+    pub accuracy: Option<Stat>,
 }
 
 /// The first evaluation at or below a loss.
@@ -176,7 +194,8 @@ impl Group<'_> {
         &self.runs[0].header
     }
 
-    fn stat(&self, value: impl Fn(&Run) -> Option<f64>) -> Option<Stat> {
+    /// Over the seeds that have a value.
+    pub fn stat(&self, value: impl Fn(&Run) -> Option<f64>) -> Option<Stat> {
         Stat::of(
             &self
                 .runs
@@ -252,9 +271,12 @@ pub(super) fn summarize(title: &str, groups: &[Group]) -> Summary {
     for groups in groups.chunk_by(|a, b| a.objective == b.objective) {
         let thresholds = choose_thresholds(groups);
         let common = common_threshold(groups);
-        summary
-            .variants
-            .extend(groups.iter().map(|group| variant(group, &thresholds)));
+        let lengths = lengths(groups);
+        summary.variants.extend(
+            groups
+                .iter()
+                .map(|group| variant(group, &thresholds, &lengths)),
+        );
         let baseline = claims::baseline(groups);
         for group in groups
             .iter()
@@ -269,7 +291,7 @@ pub(super) fn summarize(title: &str, groups: &[Group]) -> Summary {
     summary
 }
 
-fn variant(group: &Group, thresholds: &[f64]) -> VariantSummary {
+fn variant(group: &Group, thresholds: &[f64], lengths: &[u64]) -> VariantSummary {
     let header = group.header();
     let summary = |value: fn(&crate::record::RunSummary) -> f64| {
         group.stat(|run| run.summary.as_ref().map(value))
@@ -288,6 +310,10 @@ fn variant(group: &Group, thresholds: &[f64]) -> VariantSummary {
         seconds: group.stat(|run| run.train.last().map(|last| last.seconds)),
         final_eval: eval_stats(group, |run| run.eval.last()),
         best_eval: eval_stats(group, best),
+        lengths: lengths
+            .iter()
+            .map(|seq_len| length_stats(group, *seq_len))
+            .collect(),
         thresholds: thresholds
             .iter()
             .map(|loss| threshold(group, *loss))
@@ -315,6 +341,36 @@ fn best(run: &Run) -> Option<&EvalRecord> {
 /// Loss of the last evaluation.
 pub(super) fn final_loss(run: &Run) -> Option<f64> {
     run.eval.last().map(|eval| eval.loss)
+}
+
+/// Every input length that any of the runs was evaluated on, increasing.
+pub(super) fn lengths(groups: &[Group]) -> Vec<u64> {
+    let runs = groups.iter().flat_map(|group| &group.runs);
+    let lengths: BTreeSet<u64> = runs
+        .flat_map(|run| run.lengths.iter().map(|length| length.seq_len))
+        .collect();
+    lengths.into_iter().collect()
+}
+
+fn at_length(run: &Run, seq_len: u64) -> Option<&LengthRecord> {
+    run.lengths.iter().find(|length| length.seq_len == seq_len)
+}
+
+/// Loss of the trained model on inputs of one length.
+pub(super) fn loss_at(run: &Run, seq_len: u64) -> Option<f64> {
+    at_length(run, seq_len).map(|length| length.loss)
+}
+
+fn length_stats(group: &Group, seq_len: u64) -> LengthStats {
+    let header = group.header();
+    let rows = header.model_config.get("max_position_embeddings");
+    let rows = rows.and_then(|rows| rows.as_u64()).unwrap_or(u64::MAX);
+    LengthStats {
+        seq_len,
+        defined: header.position_parameters == 0 || seq_len <= rows,
+        loss: group.stat(|run| loss_at(run, seq_len)),
+        accuracy: group.stat(|run| at_length(run, seq_len).map(|length| length.accuracy)),
+    }
 }
 
 /// Tokens a second over the whole run; of an unfinished run, over what it did.

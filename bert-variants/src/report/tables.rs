@@ -1,5 +1,7 @@
 //! The summary's numbers as text: the same tables in HTML, Markdown and on the terminal.
 
+use std::collections::BTreeSet;
+
 use super::fairness::values_text;
 use super::stats::{SPIKE_WARMUP, SPIKE_WINDOW, Stat};
 use super::summary::{EvalStats, Summary, VariantSummary};
@@ -10,8 +12,12 @@ pub(super) struct Table {
     pub title: &'static str,
     /// What the numbers mean, in a sentence or two.
     pub note: String,
-    pub columns: Vec<&'static str>,
+    pub columns: Vec<String>,
     pub rows: Vec<Vec<String>>,
+}
+
+fn titles<const N: usize>(titles: [&str; N]) -> Vec<String> {
+    titles.map(String::from).to_vec()
 }
 
 /// How the field calls it.
@@ -92,7 +98,7 @@ pub(super) fn results(summary: &Summary) -> Table {
         note: "On held-out text, mean ± sample standard deviation over seeds; loss in nats a \
                predicted token. Best is the evaluation of the lowest loss."
             .to_string(),
-        columns: vec![
+        columns: titles([
             "objective",
             "variant",
             "seeds",
@@ -103,7 +109,7 @@ pub(super) fn results(summary: &Summary) -> Table {
             "best loss",
             "best accuracy",
             "best perplexity",
-        ],
+        ]),
         rows: summary.variants.iter().map(row).collect(),
     }
 }
@@ -113,6 +119,7 @@ pub(super) fn all(summary: &Summary) -> Vec<Table> {
     let mut tables = vec![
         claims(summary),
         results(summary),
+        lengths(summary),
         differences(summary),
         parameters(summary),
         speed(summary),
@@ -132,7 +139,7 @@ fn claims(summary: &Summary) -> Table {
                seeds; with few seeds this is weaker than it sounds (at n = 3 a 95 % interval is \
                4.3 / √n wide on either side)."
             .to_string(),
-        columns: vec!["objective", "claim", "verdict", "evidence"],
+        columns: titles(["objective", "claim", "verdict", "evidence"]),
         rows: summary
             .claims
             .iter()
@@ -148,19 +155,53 @@ fn claims(summary: &Summary) -> Table {
     }
 }
 
+/// Variants by lengths.
+fn lengths(summary: &Summary) -> Table {
+    let measured: BTreeSet<u64> = summary
+        .variants
+        .iter()
+        .flat_map(|v| v.lengths.iter().map(|length| length.seq_len))
+        .collect();
+    let row = |v: &VariantSummary| {
+        let cells = measured.iter().map(|seq_len| {
+            match v.lengths.iter().find(|length| length.seq_len == *seq_len) {
+                Some(length) if !length.defined => "undefined".to_string(),
+                length => stat(length.and_then(|l| l.loss), v.seeds.len(), |x| {
+                    decimal(x, 4)
+                }),
+            }
+        });
+        let names = [objective_name(v.objective).to_string(), v.variant.clone()];
+        names.into_iter().chain(cells).collect()
+    };
+    let measured_variants = summary.variants.iter().filter(|v| !v.lengths.is_empty());
+    let mut columns = titles(["objective", "variant"]);
+    columns.extend(measured.iter().map(|seq_len| format!("{seq_len} tokens")));
+    Table {
+        title: "Held-out loss by input length",
+        note: "Of the trained models, in nats a predicted token, mean ± sample standard deviation \
+               over seeds. The same tokens of long documents are predicted at every length; the \
+               first length is that of training. Undefined: the table of learned positions ends \
+               before."
+            .to_string(),
+        columns,
+        rows: measured_variants.map(row).collect(),
+    }
+}
+
 fn differences(summary: &Summary) -> Table {
     Table {
         title: "Paired differences",
         note: "Variant less baseline, seed by seed: runs of one seed share data order and masks."
             .to_string(),
-        columns: vec![
+        columns: titles([
             "objective",
             "comparison",
             "metric",
             "difference",
             "n",
             "reading",
-        ],
+        ]),
         rows: summary
             .differences
             .iter()
@@ -199,7 +240,7 @@ fn parameters(summary: &Summary) -> Table {
         note: "Tied weights count once; memory in MiB. Activations are the peak of a training \
                step, gradients included, beyond parameters and optimizer state."
             .to_string(),
-        columns: vec![
+        columns: titles([
             "objective",
             "variant",
             "parameters",
@@ -208,7 +249,7 @@ fn parameters(summary: &Summary) -> Table {
             "parameters MiB",
             "optimizer MiB",
             "activations MiB",
-        ],
+        ]),
         rows: summary.variants.iter().map(row).collect(),
     }
 }
@@ -227,13 +268,13 @@ fn speed(summary: &Summary) -> Table {
     Table {
         title: "Speed",
         note: "Training without evaluation and checkpoints; inference is forward only.".to_string(),
-        columns: vec![
+        columns: titles([
             "objective",
             "variant",
             "training tokens/s",
             "inference tokens/s",
             "training seconds",
-        ],
+        ]),
         rows: summary.variants.iter().map(row).collect(),
     }
 }
@@ -266,7 +307,7 @@ fn thresholds(summary: &Summary) -> Table {
                means over the runs that reached it. The lowest is what the best variant reached \
                with every seed, then comes what every finished run reached."
             .to_string(),
-        columns: vec![
+        columns: titles([
             "objective",
             "loss",
             "variant",
@@ -274,7 +315,7 @@ fn thresholds(summary: &Summary) -> Table {
             "steps",
             "tokens",
             "seconds",
-        ],
+        ]),
         rows,
     }
 }
@@ -301,7 +342,7 @@ fn gradient_norms(summary: &Summary) -> Table {
              times the median of the {SPIKE_WINDOW} records before it (from record {} on).",
             SPIKE_WARMUP + 1
         ),
-        columns: vec![
+        columns: titles([
             "objective",
             "variant",
             "p50",
@@ -310,7 +351,7 @@ fn gradient_norms(summary: &Summary) -> Table {
             "max",
             "spikes",
             "non-finite records",
-        ],
+        ]),
         rows: rows.collect(),
     }
 }
@@ -321,7 +362,7 @@ fn fairness(summary: &Summary) -> Table {
         note: "Every setting that differs between runs of one objective, besides position \
                encoding and seed."
             .to_string(),
-        columns: vec!["objective", "setting", "values", "effect"],
+        columns: titles(["objective", "setting", "values", "effect"]),
         rows: summary
             .fairness
             .differences
@@ -342,9 +383,13 @@ impl Table {
     /// As Markdown.
     pub fn markdown(&self) -> String {
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-        let columns: Vec<String> = self.columns.iter().map(|c| c.to_string()).collect();
-        let mut text = format!("## {}\n\n{}\n\n{}", self.title, self.note, line(&columns));
-        text += &line(&vec!["---".to_string(); columns.len()]);
+        let mut text = format!(
+            "## {}\n\n{}\n\n{}",
+            self.title,
+            self.note,
+            line(&self.columns)
+        );
+        text += &line(&vec!["---".to_string(); self.columns.len()]);
         for row in &self.rows {
             let cells: Vec<String> = row.iter().map(|cell| escape_markdown(cell)).collect();
             text += &line(&cells);
@@ -354,10 +399,9 @@ impl Table {
 
     /// In columns for a terminal.
     pub fn plain(&self) -> String {
-        let columns: Vec<String> = self.columns.iter().map(|c| c.to_string()).collect();
-        let rows = || std::iter::once(&columns).chain(&self.rows);
+        let rows = || std::iter::once(&self.columns).chain(&self.rows);
         let width = |i: usize| rows().map(|row| row[i].chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..columns.len()).map(width).collect();
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
         let line = |row: &Vec<String>| {
             let cells = row
                 .iter()
@@ -402,7 +446,7 @@ mod tests {
         let table = Table {
             title: "T",
             note: String::new(),
-            columns: vec!["a"],
+            columns: titles(["a"]),
             rows: vec![vec!["x|<b>".to_string()]],
         };
         assert!(
