@@ -10,7 +10,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{BertConfig, Dropouts, ModelType};
-use crate::data::{BatchConfig, Batches, Data, DataConfig, Objective};
+use crate::data::{Batch, BatchConfig, Batches, Data, DataConfig, Objective, check_lengths};
 use crate::parameters::ParameterCounts;
 use crate::record::{METRICS_FILE, Run, RunHeader, read_run, write_atomic};
 use crate::report::{ReportOptions, ReportPaths, write_report};
@@ -157,6 +157,11 @@ pub struct SequenceConfig {
     /// Most held-out sequences to evaluate on.
     #[arg(long, default_value_t = SequenceConfig::default().eval_sequences)]
     pub eval_sequences: usize,
+    /// Longer inputs to evaluate the trained model on, in tokens, beside those of --seq-len with
+    /// the same text: multiples of it, each of the one before. Models whose table of learned
+    /// positions ends before are left out.
+    #[arg(long, value_name = "TOKENS", num_args = 1.., value_delimiter = ',')]
+    pub eval_lengths: Vec<usize>,
 }
 
 impl Default for SequenceConfig {
@@ -166,6 +171,7 @@ impl Default for SequenceConfig {
             mask_rate: 0.3,
             eval_mask_rate: 0.15,
             eval_sequences: 128,
+            eval_lengths: Vec::new(),
         }
     }
 }
@@ -210,6 +216,7 @@ pub fn pretrain(
         .collect();
     // Before the text is read, which may take long.
     config.train.validate()?;
+    check_lengths(config.batch.seq_len, &config.batch.eval_lengths)?;
     let device = open_device(device)?;
     for (i, id) in ids.iter().enumerate() {
         let name = id.name();
@@ -420,10 +427,32 @@ impl<'a> Plan<'a> {
         let eval = Batches::evaluation(validation.clone(), tokenizer, eval_config, most)?;
         Ok(RunData {
             train: Arc::new(Batches::training(train.clone(), tokenizer, config)?),
-            eval: (0..eval.num_batches())
-                .map(|i| eval.get(i))
-                .collect::<Result<_>>()?,
+            eval: eval.collect()?,
+            lengths: self.eval_lengths()?,
         })
+    }
+
+    /// Held-out text in inputs of the training length and of those longer ones that the model
+    /// reads.
+    fn eval_lengths(&self) -> Result<Vec<(usize, Vec<Batch>)>> {
+        let longer = &self.config.batch.eval_lengths;
+        if longer.is_empty() {
+            return Ok(Vec::new());
+        }
+        let config = self.config.eval_batch_config(&self.id);
+        let most = self.config.batch.eval_sequences;
+        let Data {
+            tokenizer,
+            validation,
+            ..
+        } = self.data;
+        let max_length = self.model_config.max_length().unwrap_or(usize::MAX);
+        Batches::evaluations_by_length(validation, tokenizer, &config, longer, most)
+            .with_context(|| format!("cannot evaluate on eval_lengths {longer:?}"))?
+            .into_iter()
+            .filter(|(length, _)| *length <= max_length)
+            .map(|(length, batches)| Ok((length, batches.collect()?)))
+            .collect()
     }
 }
 

@@ -19,7 +19,8 @@ use crate::memory::PeakMeter;
 use crate::model::LanguageModel;
 use crate::parameters::{ParameterCounts, Parameters};
 use crate::record::{
-    EvalRecord, METRICS_FILE, Record, RunHeader, RunSummary, RunWriter, TrainRecord, read_run,
+    EvalRecord, LengthRecord, METRICS_FILE, Record, RunHeader, RunSummary, RunWriter, TrainRecord,
+    read_run,
 };
 use crate::schedule::{Decay, Schedule};
 use crate::tokenizer::Tokenizer;
@@ -202,6 +203,8 @@ pub struct RunData {
     pub train: Arc<Batches>,
     /// Held-out batches.
     pub eval: Vec<Batch>,
+    /// Held-out batches for the trained model, by length of their sequences.
+    pub lengths: Vec<(usize, Vec<Batch>)>,
 }
 
 /// How [`Trainer::train`] ended.
@@ -382,6 +385,7 @@ impl Trainer {
                 return Ok(Outcome::Interrupted);
             }
         }
+        self.evaluate_lengths(&data.lengths, &bar)?;
         self.finish()?;
         Ok(Outcome::Finished)
     }
@@ -516,11 +520,16 @@ impl Trainer {
         Ok(())
     }
 
+    /// The model without dropout.
+    fn evaluation_model(&self) -> Result<LanguageModel> {
+        let dtype = self.config.dtype.dtype();
+        LanguageModel::new(&self.model_config, &self.parameters, false, dtype)
+    }
+
     /// Writes loss and accuracy on held-out text.
     fn evaluate(&mut self, batches: &[Batch], bar: &ProgressBar) -> Result<()> {
         self.clock.pause();
-        let dtype = self.config.dtype.dtype();
-        let model = LanguageModel::new(&self.model_config, &self.parameters, false, dtype)?;
+        let model = self.evaluation_model()?;
         let start = Instant::now();
         let score = model.evaluate(batches)?;
         self.progress.inference_tokens_per_second =
@@ -547,6 +556,33 @@ impl Trainer {
             );
         });
         self.clock.start();
+        Ok(())
+    }
+
+    /// Writes loss and accuracy of the trained model on inputs of each length.
+    fn evaluate_lengths(
+        &mut self,
+        lengths: &[(usize, Vec<Batch>)],
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let model = self.evaluation_model()?;
+        for (seq_len, batches) in lengths {
+            let score = model.evaluate(batches)?;
+            let record = LengthRecord {
+                step: self.progress.step,
+                seq_len: *seq_len as u64,
+                loss: score.loss,
+                accuracy: score.accuracy,
+            };
+            self.writer.write(&Record::Length(record))?;
+            bar.suspend(|| {
+                tracing::info!(
+                    "inputs of {seq_len} tokens: eval loss {:.4}, accuracy {:.4}",
+                    record.loss,
+                    record.accuracy
+                );
+            });
+        }
         Ok(())
     }
 

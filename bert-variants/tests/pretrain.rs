@@ -189,6 +189,72 @@ fn a_loss_that_is_not_finite_stops_before_the_update() {
     );
 }
 
+/// Sources whose words are one token each, the held-out document of 480.
+fn letters(dir: &Path) -> Vec<String> {
+    let letter = |i: usize| char::from(b'a' + (i * i / 7 % 20) as u8).to_string();
+    let vocab = "[PAD] [UNK] [CLS] [SEP] [MASK]"
+        .split(' ')
+        .map(String::from);
+    let vocab: Vec<String> = vocab.chain(('a'..='t').map(String::from)).collect();
+    let text = |range: std::ops::Range<usize>| range.map(letter).collect::<Vec<_>>().join(" ");
+    [
+        ("--data", "train.txt", text(0..3000)),
+        ("--validation", "valid.txt", text(3000..3480)),
+        ("--tokenizer", "vocab.txt", vocab.join("\n")),
+    ]
+    .into_iter()
+    .flat_map(|(option, name, text)| {
+        let path = dir.join(name);
+        fs::write(&path, text).unwrap();
+        [option.to_string(), path.display().to_string()]
+    })
+    .collect()
+}
+
+#[test]
+fn trained_models_are_evaluated_on_longer_inputs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("runs");
+    let letters = letters(dir.path());
+    let mut args: Vec<&str> = letters.iter().map(String::as_str).collect();
+    args.extend("--variants bert --steps 20 --eval-sequences 16".split(' '));
+    args.extend("--eval-lengths 64 128".split(' '));
+    succeed(&out, &args);
+    let read = |variant: &str| read_run(&out.join(format!("mlm-{variant}-seed0"))).unwrap();
+    let [bert, roformer] = ["bert", "roformer"].map(read);
+    let lengths = |run: &Run| -> Vec<u64> { run.lengths.iter().map(|l| l.seq_len).collect() };
+    assert_eq!(lengths(&bert), [32], "its table has 32 rows");
+    assert_eq!(lengths(&roformer), [32, 64, 128]);
+    // 16 sequences of 30 tokens between [CLS] and [SEP] are all of the held-out text.
+    for run in [&bert, &roformer] {
+        let last = run.eval.last().unwrap();
+        let control = run.lengths[0];
+        assert_eq!(
+            (control.step, control.loss, control.accuracy),
+            (20, last.loss, last.accuracy)
+        );
+    }
+    let [short, .., long] = &roformer.lengths[..] else {
+        panic!("{:?}", roformer.lengths)
+    };
+    assert!(long.loss.is_finite() && long.loss != short.loss);
+    let tables = fs::read_to_string(out.join("report/summary.md")).unwrap();
+    let row = format!(
+        "| MLM | bert | {:.4} | undefined | undefined |",
+        bert.lengths[0].loss
+    );
+    assert!(tables.contains(&row), "{row} is not in {tables}");
+
+    // Killed between the lengths and the summary.
+    let metrics = out.join(RUN).join("metrics.jsonl");
+    let whole = fs::read_to_string(&metrics).unwrap();
+    let lines: Vec<&str> = whole.split_inclusive('\n').collect();
+    fs::write(&metrics, lines[..lines.len() - 2].concat()).unwrap();
+    args.push("--resume");
+    succeed(&out, &args);
+    assert_eq!(read("roformer").lengths, roformer.lengths);
+}
+
 #[test]
 fn wrong_settings_are_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -208,6 +274,14 @@ fn wrong_settings_are_named() {
             "there is no device \"tpu\"; expected cpu, cuda or cuda:N",
         ),
         (["--data", "/nowhere/text.txt"], "/nowhere/text.txt"),
+        (
+            ["--eval-lengths", "48"],
+            "eval_lengths must be multiples of seq_len 32, each of the one before, got 48 after 32",
+        ),
+        (
+            ["--eval-lengths", "1024"],
+            "no document has 960 tokens, the longest has",
+        ),
         (
             ["--max-position-embeddings", "8"],
             "max_position_embeddings 8 is less than seq_len 32",

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use batches::check_lengths;
 pub use batches::{BatchConfig, Batches};
 pub use corpus::Corpus;
 pub use dataset::{TokenDataset, train_tokenizer};
