@@ -428,6 +428,8 @@ fn losses_by_length_are_a_table() {
     ] {
         assert!(tables.contains(line), "{line} is not in {tables}");
     }
+    let plot = fs::read_to_string(dir.path().join("mlm_loss_by_length.svg")).unwrap();
+    assert!(plot.contains("Tokens of an input"));
     let json = fs::read_to_string(&paths.summary_json).unwrap();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     let bert = &json["variants"][0]["lengths"][1];

@@ -33,6 +33,7 @@ enum Kind {
     EvalLoss,
     LearningRate,
     GradientNorm,
+    LossByLength,
 }
 
 /// One variant's curve.
@@ -73,6 +74,7 @@ pub(super) fn charts(groups: &[Group], smoothing: f64) -> Vec<Chart> {
             Kind::EvalLoss,
             Kind::LearningRate,
             Kind::GradientNorm,
+            Kind::LossByLength,
         ] {
             let chart = Chart::new(kind, groups, smoothing);
             if !chart.series.is_empty() {
@@ -92,6 +94,10 @@ fn points(kind: Kind, run: &Run) -> Vec<(f64, f64)> {
         Kind::LearningRate => train(|r| r.lr).collect(),
         Kind::GradientNorm => train(|r| r.grad_norm).collect(),
         Kind::EvalLoss => run.eval.iter().map(|r| (r.step as f64, r.loss)).collect(),
+        Kind::LossByLength => {
+            let lengths = run.lengths.iter();
+            lengths.map(|r| (r.seq_len as f64, r.loss)).collect()
+        }
     };
     points.into_iter().filter(|(_, y)| y.is_finite()).collect()
 }
@@ -124,7 +130,7 @@ impl Chart {
         let name = objective_name(groups[0].objective);
         let smooth = match kind {
             Kind::TrainLoss | Kind::GradientNorm => Some(smoothing).filter(|s| *s > 0.0),
-            Kind::EvalLoss | Kind::LearningRate => None,
+            Kind::EvalLoss | Kind::LearningRate | Kind::LossByLength => None,
         };
         let series = groups.iter().filter_map(|group| {
             let raw: Vec<_> = group.runs.iter().map(|run| points(kind, run)).collect();
@@ -168,6 +174,11 @@ impl Chart {
             ),
             Kind::LearningRate => ("learning_rate", "Learning rate", "Learning rate"),
             Kind::GradientNorm => ("gradient_norm", "Gradient norm", "Global L2 norm"),
+            Kind::LossByLength => (
+                "loss_by_length",
+                "Held-out loss by input length",
+                "Loss (nats per predicted token)",
+            ),
         };
         let mut legend = Vec::new();
         if series.iter().any(|s| s.seeds.len() > 1) {
@@ -224,7 +235,10 @@ impl Chart {
                 self.draw_panel(&panels[0], 0.0..last, "Optimizer step")?;
                 self.draw_panel(&panels[1], last / 2.0..last, "Optimizer step (second half)")?;
             }
-            _ => self.draw_panel(&area, 0.0..last, "Optimizer step")?,
+            Kind::LossByLength => self.draw_panel(&area, 0.0..last, "Tokens of an input")?,
+            Kind::LearningRate | Kind::GradientNorm => {
+                self.draw_panel(&area, 0.0..last, "Optimizer step")?;
+            }
         }
         area.present()
     }
@@ -376,7 +390,8 @@ impl Chart {
                 Kind::LearningRate => 4 + 4 * (self.series.len() - 1 - i) as u32,
                 _ => 4,
             };
-            if mean.len() == 1 || (self.kind == Kind::EvalLoss && mean.len() <= 40) {
+            let measured = matches!(self.kind, Kind::EvalLoss | Kind::LossByLength);
+            if mean.len() == 1 || (measured && mean.len() <= 40) {
                 let dot = |p: &(f64, f64)| Circle::new(*p, 6, color.filled());
                 chart.draw_series(mean.iter().map(dot))?;
             }
