@@ -167,7 +167,12 @@ fn effect(key: &str) -> Option<Effect> {
     let last = rest.rsplit('.').next().unwrap_or(rest);
     let words = || last.split(['_', '-']);
     let any = |list: &[&str]| list.contains(&last) || words().any(|word| list.contains(&word));
-    if words().any(|word| word == "seed") || any(&POSITION) {
+    let of_position = || {
+        let mut parts = rest.split('.').chain(rest.split(['.', '_', '-']));
+        parts.any(|part| POSITION.contains(&part))
+    };
+    // The objective decides `is_decoder`, which some architectures leave out.
+    if words().any(|word| word == "seed") || last == "is_decoder" || of_position() {
         return None;
     }
     Some(match last {
@@ -188,6 +193,9 @@ mod tests {
         assert_eq!(effect("train_config.seed"), None);
         assert_eq!(effect("model_config.position_embedding_type"), None);
         assert_eq!(effect("model_config.rope_theta"), None);
+        assert_eq!(effect("model_config.rope_scaling.factor"), None);
+        assert_eq!(effect("model_config.auto_map.AutoModel"), None);
+        assert_eq!(effect("model_config.is_decoder"), None);
         assert_eq!(effect("train_config.optimizer.lr"), Some(Effect::Unfair));
         assert_eq!(effect("train_config.data_dir"), Some(Effect::Unfair));
         assert_eq!(effect("train_config.output_dir"), Some(Effect::Harmless));
