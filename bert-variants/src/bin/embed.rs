@@ -14,7 +14,7 @@ use serde_json::json;
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
-    /// Model directory, or a Hub id owner/name[@revision].
+    /// Model directory, or a Hub id owner/name or owner/name@revision.
     #[arg(long)]
     model: String,
     /// Most tokens of a text, the rest of which is cut off [default: as the model says]

@@ -39,7 +39,7 @@ enum Task {
 
 #[derive(clap::Args)]
 struct Model {
-    /// Model directory, or a Hub id owner/name[@revision].
+    /// Model directory, or a Hub id owner/name or owner/name@revision.
     #[arg(long)]
     model: String,
     #[command(flatten)]

@@ -43,7 +43,7 @@ pub struct FinetuneConfig {
 #[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Runs")]
 pub struct RunsConfig {
-    /// Model directory to start from, or a Hub id owner/name[@revision].
+    /// Model directory to start from, or a Hub id owner/name or owner/name@revision.
     #[arg(long, default_value_t = RunsConfig::default().model)]
     pub model: String,
     /// Seeds: of the new head, order of texts and dropout; a run each.

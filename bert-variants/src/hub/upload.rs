@@ -33,7 +33,7 @@ const LFS: &str = "application/vnd.git-lfs+json";
 pub struct Upload {
     /// Model directory. Hidden files and the state of training are left out.
     pub dir: PathBuf,
-    /// Where to, as hf://owner/name[@branch]; a repository that is not there is made.
+    /// Where to, as hf://owner/name or hf://owner/name@branch; a repository that is not there is made.
     pub target: String,
     /// Make a new repository private.
     #[arg(long)]
