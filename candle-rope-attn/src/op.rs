@@ -61,14 +61,7 @@ pub fn attention_qkvpacked(
     sequences: &Sequences,
 ) -> Result<Tensor> {
     no_weight(spec)?;
-    let (qkv, flat) = packed(qkv, spec)?;
-    let batch = check(
-        &qkv_dims(&qkv, flat, spec),
-        qkv.dtype(),
-        true,
-        spec,
-        sequences,
-    )?;
+    let (qkv, flat, batch) = packed(qkv, spec, sequences)?;
     let op = Attention::new(spec, batch, &[&qkv], flat);
     tape::apply1(op, &qkv)
 }
@@ -107,14 +100,7 @@ pub fn attention_qkvpacked_with_bias(
     spec: &AttentionSpec,
     sequences: &Sequences,
 ) -> Result<Tensor> {
-    let (qkv, flat) = packed(qkv, spec)?;
-    let batch = check(
-        &qkv_dims(&qkv, flat, spec),
-        qkv.dtype(),
-        true,
-        spec,
-        sequences,
-    )?;
+    let (qkv, flat, batch) = packed(qkv, spec, sequences)?;
     let PositionEncoding::RelativeBias(bias) = &spec.position else {
         bail!(
             "attention with a bias weight needs PositionEncoding::RelativeBias, got {:?}",
@@ -175,22 +161,22 @@ fn check(
     }
 }
 
-/// The packed tensor, and whether its last axis is flat: q, k and v of all heads.
-fn packed(qkv: &Tensor, spec: &AttentionSpec) -> Result<(Tensor, bool)> {
-    let flat = qkv.dims().last() == Some(&(3 * spec.num_heads * spec.head_dim));
-    let qkv = match flat {
-        true => qkv.contiguous(),
-        false => contiguous_rows(qkv),
+/// The packed tensor, whether its last axis is flat (q, k and v of all heads), and its sequences.
+fn packed(
+    qkv: &Tensor,
+    spec: &AttentionSpec,
+    sequences: &Sequences,
+) -> Result<(Tensor, bool, Batch)> {
+    let (qkv, dims) = match qkv.dims() {
+        [tokens @ .., last] if *last == 3 * spec.num_heads * spec.head_dim => {
+            let dims = [tokens, &[3, spec.num_heads, spec.head_dim]].concat();
+            (qkv.contiguous()?, dims)
+        }
+        dims => (contiguous_rows(qkv)?, dims.to_vec()),
     };
-    Ok((qkv?, flat))
-}
-
-/// Its shape with all axes.
-fn qkv_dims(qkv: &Tensor, flat: bool, spec: &AttentionSpec) -> Vec<usize> {
-    match (flat, qkv.dims()) {
-        (true, [tokens @ .., _]) => [tokens, &[3, spec.num_heads, spec.head_dim]].concat(),
-        (_, dims) => dims.to_vec(),
-    }
+    let batch = check(&dims, qkv.dtype(), true, spec, sequences)?;
+    let flat = dims.len() > qkv.rank();
+    Ok((qkv, flat, batch))
 }
 
 fn no_weight(spec: &AttentionSpec) -> Result<()> {
