@@ -213,8 +213,8 @@ impl Gradients {
 /// [`Tape`] keeps x alone. The backward pass runs `f` again, which must do the same again.
 ///
 /// # Errors
-/// Those of `f`.
-pub fn checkpoint<E: Display>(
+/// Those of `f`, and when memory runs out.
+pub fn checkpoint<E: Display + From<Error>>(
     x: &Tensor,
     f: impl Fn(&Tensor) -> std::result::Result<Tensor, E> + 'static,
 ) -> std::result::Result<Tensor, E> {
@@ -226,8 +226,9 @@ pub fn checkpoint<E: Display>(
     if !y.track_op() {
         return Ok(y);
     }
-    if let Some(leaf) = as_leaf(&y) {
-        y = leaf;
+    // What Candle computed last is no variable to it yet.
+    if !y.is_variable() {
+        y = Var::from_tensor(&y.detach())?.into_inner();
     }
     let x = x.clone();
     push("checkpoint", &y, move |grad, gradients| {
@@ -237,12 +238,6 @@ pub fn checkpoint<E: Display>(
         tape.propagate(&y, grad, gradients)
     });
     Ok(y)
-}
-
-/// A copy that Candle knows as a variable, of a result of its own operations.
-fn as_leaf(y: &Tensor) -> Option<Tensor> {
-    let copied = (!y.is_variable()).then(|| Var::from_tensor(&y.detach()));
-    Some(copied?.ok()?.as_tensor().clone())
 }
 
 /// `a + b` in the wider of their dtypes.
