@@ -339,9 +339,20 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     if !records(&[a, b, c]) {
         return a.apply_op3(b, c, op);
     }
+    let y = run3(&op, a, b, c)?;
+    let (a, b, c, saved) = (a.clone(), b.clone(), c.clone(), y.clone());
+    push(op.name(), &y, move |grad, gradients| {
+        let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad.value)?;
+        add_all([(&a, da), (&b, db), (&c, dc)], gradients)
+    });
+    Ok(y)
+}
+
+/// Computes the result of an operation of three inputs, to be recorded with [`push`].
+pub(crate) fn run3(op: &impl CustomOp3, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
     let ((b_storage, b_layout), (c_storage, c_layout)) =
         (b.storage_and_layout(), c.storage_and_layout());
-    let y = run(a, |storage, layout| {
+    run(a, |storage, layout| {
         match (storage, &*b_storage, &*c_storage) {
             (Storage::Cpu(a), Storage::Cpu(b), Storage::Cpu(c)) => {
                 op.cpu_fwd(a, layout, b, b_layout, c, c_layout).map(on_cpu)
@@ -351,14 +362,7 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
                 .map(on_cuda),
             _ => bail!("{}: the arguments are on different devices", op.name()),
         }
-    })?;
-    drop((b_storage, c_storage));
-    let (a, b, c, saved) = (a.clone(), b.clone(), c.clone(), y.clone());
-    push(op.name(), &y, move |grad, gradients| {
-        let (da, db, dc) = op.bwd(&a, &b, &c, &saved, &grad.value)?;
-        add_all([(&a, da), (&b, db), (&c, dc)], gradients)
-    });
-    Ok(y)
+    })
 }
 
 /// Computes a result on the storage of the first input.

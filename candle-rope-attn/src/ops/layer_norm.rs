@@ -4,7 +4,7 @@
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
-use candle_core::{IndexOp, Storage, WithDType};
+use candle_core::{IndexOp, WithDType};
 use rayon::prelude::*;
 
 use super::Saved;
@@ -12,7 +12,6 @@ use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
-use crate::operand::{Locked, Operand};
 use crate::tape::{self, Gradient};
 
 /// Rows that one task takes.
@@ -47,7 +46,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !tape::records(&[&x, &weight, &bias]) {
         return x.apply_op3(&weight, &bias, op);
     }
-    let y = tape::output(op.compute(&x, &weight, &bias)?, x.shape());
+    let y = tape::run3(&op, &x, &weight, &bias)?;
     tape::push("layer_norm", &y, move |grad, gradients| {
         let ([d_weight, d_bias], dx) = op.backward(&x, &weight, &grad.value)?;
         gradients.add(&x, dx)?;
@@ -88,28 +87,6 @@ impl LayerNorm {
             )
         });
         (y, stats)
-    }
-}
-
-impl LayerNorm {
-    fn compute(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Storage> {
-        let locked = [x, weight, bias].map(Locked::new);
-        let [x, weight, bias] = [&locked[0], &locked[1], &locked[2]].map(Locked::operand);
-        match (x?, weight?, bias?) {
-            (Operand::Cpu(x, x_layout), Operand::Cpu(w, w_layout), Operand::Cpu(b, b_layout)) => {
-                let (y, _) = self.cpu_fwd(x, x_layout, w, w_layout, b, b_layout)?;
-                Ok(Storage::Cpu(y))
-            }
-            (
-                Operand::Cuda(x, x_layout),
-                Operand::Cuda(w, w_layout),
-                Operand::Cuda(b, b_layout),
-            ) => {
-                let (y, _) = self.cuda_fwd(x, x_layout, w, w_layout, b, b_layout)?;
-                Ok(Storage::Cuda(y))
-            }
-            _ => bail!("layer_norm: the arguments are on different devices"),
-        }
     }
 
     /// The gradients of weight and bias, and of x.
