@@ -65,6 +65,24 @@ __device__ __forceinline__ bool is_over(Barrier* b, uint32_t parity) {
   return done != 0;
 }
 
+// One arrival at the same barrier of block `rank` of the cluster. Orders nothing but what this
+// thread's wgmma have read: a release for the whole cluster would be a fence of global memory.
+__device__ __forceinline__ void arrive(Barrier* b, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(smem_address(b)),
+      "r"(rank)
+      : "memory");
+}
+
+// All threads of a cluster's blocks wait for each other.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Position in a ring of kStages buffers, with the parity of its present round.
 template <int kStages>
 struct Ring {
@@ -111,6 +129,27 @@ __device__ __forceinline__ void tma_load(void* dst, const CUtensorMap& map, Barr
       : "memory");
 }
 
+// The same of a matrix, at (column, row).
+__device__ __forceinline__ void tma_load(void* dst, const CUtensorMap& map, Barrier* b, int column,
+                                         int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(smem_address(dst)),
+      "l"(&map), "r"(smem_address(b)), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same into the shared memory of all blocks of the cluster whose bit of `blocks` is set; their
+// barriers in the place of `b` get the bytes.
+__device__ __forceinline__ void tma_multicast(void* dst, const CUtensorMap& map, Barrier* b,
+                                              int column, int row, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_address(dst)),
+      "l"(&map), "r"(smem_address(b)), "r"(column), "r"(row), "h"(blocks)
+      : "memory");
+}
+
 // Copies contiguous bytes, a multiple of 16 from and to 16-byte boundaries.
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, Barrier* b) {
   asm volatile(
@@ -130,9 +169,10 @@ __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned col) {
 
 // The low half of the descriptor of an operand to wgmma; the high half is kDescriptorHigh. K-major
 // (the summed dimension runs along the rows): groups of 8 rows are 1024 bytes apart. MN-major
-// (summed over rows): likewise, and blocks of 64 columns are `column_block` bytes apart.
+// (summed over rows): likewise, and blocks of 64 columns are `column_block` bytes apart. In a
+// cluster the upper bits of an address number the block.
 __device__ __forceinline__ uint32_t descriptor(const void* tile, int column_block = 16) {
-  return smem_address(tile) >> 4 | uint32_t(column_block >> 4) << 16;
+  return (smem_address(tile) & 0x3ffff) >> 4 | uint32_t(column_block >> 4) << 16;
 }
 
 // The same operand `bytes` further on.

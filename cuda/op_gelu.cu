@@ -1,30 +1,8 @@
 // GELU with the error function: y = x * Phi(x), dx = grad * (Phi(x) + x * phi(x)).
+#include "gelu.cuh"
 #include "row_tiles.cuh"
 
 namespace attn {
-
-struct Normal {
-  float cdf, pdf;
-
-  // cdf(-x) = exp(-x^2 / 2) * t * q(t) with t = 1 / (1 + s * x) for x >= 0, as ops/gelu.rs: half
-  // the instructions of erfcf, and memory is the limit.
-  __device__ __forceinline__ explicit Normal(float x) {
-    const float t = __fdividef(1.0f, fmaf(0.28284273f, fabsf(x), 1.0f));
-    float q = 0.02567324f;
-    q = fmaf(q, t, -0.09366275f);
-    q = fmaf(q, t, 0.088213965f);
-    q = fmaf(q, t, -0.0059807864f);
-    q = fmaf(q, t, 0.072240666f);
-    q = fmaf(q, t, 0.083873145f);
-    q = fmaf(q, t, 0.10397233f);
-    q = fmaf(q, t, 0.112832315f);
-    q = fmaf(q, t, 0.11283795f);
-    const float exp = exp2_approx(-0.5f * kLog2e * x * x);
-    const float tail = exp * t * q;
-    cdf = x < 0.0f ? tail : 1.0f - tail;
-    pdf = exp * 0.3989423f;
-  }
-};
 
 struct GeluForward {
   template <int W>
@@ -40,8 +18,7 @@ struct GeluBackward {
                                              const float (&grad)[W]) const {
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      const Normal normal(x[i]);
-      x[i] = grad[i] * fmaf(x[i], normal.pdf, normal.cdf);
+      x[i] = grad[i] * Normal(x[i]).derivative(x[i]);
     }
   }
 };
@@ -65,7 +42,7 @@ __global__ void __launch_bounds__(kOpThreads)
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         const Normal normal(v[j]);
-        g[j] *= fmaf(v[j], normal.pdf, normal.cdf);
+        g[j] *= normal.derivative(v[j]);
         sum[j] += g[j];
         v[j] *= normal.cdf;
       }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "launch.cuh"
+#include "tensor_map.cuh"
 
 namespace attn {
 
@@ -31,11 +32,7 @@ inline bool suits_sm90(const KernelParams& p, std::initializer_list<const AttnTe
   for (const AttnTensor* t : tensors) {
     if (!suits_tma(p, *t)) return false;
   }
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
+  return on_sm90();
 }
 
 // attn_fwd with k rotated already, and attn_bwd with q and k rotated already, for parameters that

@@ -22,18 +22,6 @@ int for_sm90(const AttnParams& p, F&& f) {
 // Describes a 16-bit tensor to the TMA, in boxes of `rows` rows and 64 columns of one head, with
 // dimensions (column, head, row, batch).
 inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensorMap& map) {
-  static const auto encode = [] {
-    void* f = nullptr;
-#if CUDART_VERSION >= 12050
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
-                                     &found);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault);
-#endif
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
-  }();
-  if (encode == nullptr) return cudaErrorSymbolNotFound;
   const bool packed = p.cu_seqlens != nullptr;
   const auto dim = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const cuuint64_t dims[] = {dim(p.head_dim), dim(p.num_heads),
@@ -44,12 +32,8 @@ inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensor
   };
   const cuuint64_t strides[] = {bytes(t.head_stride, 1), bytes(t.row_stride, 2),
                                 bytes(t.batch_stride, 3)};
-  const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(rows), 1}, steps[] = {1, 1, 1, 1};
-  const CUresult code =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, t.ptr, dims, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return code == CUDA_SUCCESS ? ATTN_OK : static_cast<int>(cudaErrorInvalidValue);
+  const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(rows), 1};
+  return encode_tiles(map, t.ptr, dims, strides, box);
 }
 
 // ---- Work --------------------------------------------------------------------------------------
