@@ -356,12 +356,11 @@ impl Mlp {
         let p = &place.dropouts;
         let at = |p, name| place.dropout.at(p, name, place.layer);
         let (inner, outer) = (at(p.mlp_hidden, "mlp_hidden"), at(p.mlp_output, "mlp"));
-        let hidden = self.intermediate.forward(x)?;
         let simple = self.up.is_none() && inner.is_none() && outer.is_none();
         if simple && self.activation == Activation::Gelu {
-            return self.output.forward_gelu_add(&hidden, residual);
+            return self.intermediate.mlp_add(x, &self.output, residual);
         }
-        let mut hidden = self.activation.forward(&hidden)?;
+        let mut hidden = self.activation.forward(&self.intermediate.forward(x)?)?;
         if let Some(up) = &self.up {
             hidden = (hidden * up.forward(x)?)?;
         }

@@ -73,10 +73,12 @@ impl Linear {
         })
     }
 
-    /// `residual + forward(gelu(x))`.
-    pub fn forward_gelu_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    /// `residual + output.forward(gelu(forward(x)))`.
+    pub fn mlp_add(&self, x: &Tensor, output: &Self, residual: &Tensor) -> Result<Tensor> {
         let (weight, bias) = self.cast(x.dtype())?;
-        Ok(ops::gelu_linear_add(x, &weight, bias.as_ref(), residual)?)
+        let (out_weight, out_bias) = output.cast(x.dtype())?;
+        let (inner, outer) = ((&weight, bias.as_ref()), (&out_weight, out_bias.as_ref()));
+        Ok(ops::mlp_add(x, inner, outer, residual)?)
     }
 
     fn cast(&self, dtype: DType) -> Result<(Tensor, Option<Tensor>)> {

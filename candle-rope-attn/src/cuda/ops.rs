@@ -103,6 +103,85 @@ pub(crate) fn gelu_and_backward(
     Ok((y, dx, tensor(sums, columns)))
 }
 
+/// Whether there is a kernel for products with GELU of these matrices of `[rows, inner, columns]`.
+fn gemm_gelu_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> bool {
+    let dtype = matrices[0].0.dtype();
+    let alike = |(storage, layout): &Input| {
+        let offset = layout.start_offset() * dtype.size_in_bytes();
+        storage.dtype() == dtype && offset.is_multiple_of(16)
+    };
+    // SAFETY: it takes numbers only.
+    matrices.iter().all(alike)
+        && unsafe {
+            ffi::op_gemm_gelu_suits(dtype_code(dtype), rows as i64, inner as i64, columns as i64)
+        } != 0
+}
+
+/// `x weight^T + bias`, and `gelu` of that: one kernel, if there is one for these.
+pub(crate) fn linear_gelu(
+    x: Input,
+    weight: Input,
+    bias: Input,
+) -> Result<Option<(CudaStorage, CudaStorage)>> {
+    let (rows, inner) = rows_and_columns(x.1.dims());
+    let (columns, _) = rows_and_columns(weight.1.dims());
+    if !gemm_gelu_suits([rows, inner, columns], &[x, weight, bias]) {
+        return Ok(None);
+    }
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut pre = alloc_storage(device, dtype, rows * columns)?;
+    let mut y = alloc_storage(device, dtype, rows * columns)?;
+    launch!(device, || describe("linear and gelu", x.1, dtype), p => ffi::op_gemm_gelu(
+        dtype_code(dtype),
+        input(&mut p, x)?,
+        input(&mut p, weight)?,
+        input(&mut p, bias)?,
+        p.write_storage(&mut pre)?,
+        p.write_storage(&mut y)?,
+        rows as i64,
+        inner as i64,
+        columns as i64,
+        p.stream(),
+    ))?;
+    Ok(Some((pre, y)))
+}
+
+/// As [`gelu_and_backward`], from the gradient of `gelu(x) weight^T`, `[.., inner]`, and the weight
+/// `[inner, columns]`: one kernel, if there is one for these.
+pub(crate) fn gelu_linear_backward(
+    x: Input,
+    grad: Input,
+    weight: Input,
+) -> Result<Option<(CudaStorage, CudaStorage, Tensor)>> {
+    let (rows, columns) = rows_and_columns(x.1.dims());
+    let (_, inner) = rows_and_columns(grad.1.dims());
+    if !gemm_gelu_suits([rows, inner, columns], &[x, grad, weight]) {
+        return Ok(None);
+    }
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let mut y = alloc_storage(device, dtype, rows * columns)?;
+    let mut dx = alloc_storage(device, dtype, rows * columns)?;
+    let mut sums = alloc_storage(device, DType::F32, columns)?;
+    // SAFETY: it takes a number only.
+    let partials = unsafe { ffi::op_gemm_gelu_partials(rows as i64) } as usize;
+    let mut partial = alloc::<f32>(device, partials * columns)?;
+    launch!(device, || describe("gelu and linear, backward", x.1, dtype), p => ffi::op_gemm_gelu_bwd(
+        dtype_code(dtype),
+        input(&mut p, grad)?,
+        input(&mut p, weight)?,
+        input(&mut p, x)?,
+        p.write_storage(&mut dx)?,
+        p.write_storage(&mut y)?,
+        p.write_storage(&mut sums)?.cast(),
+        p.write(&mut partial),
+        rows as i64,
+        inner as i64,
+        columns as i64,
+        p.stream(),
+    ))?;
+    Ok(Some((y, dx, tensor(sums, columns))))
+}
+
 /// x in another dtype.
 pub(crate) fn cast(x: Input, dtype: DType) -> Result<CudaStorage> {
     let (device, len) = (x.0.device(), x.1.shape().elem_count());

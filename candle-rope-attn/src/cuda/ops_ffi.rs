@@ -85,6 +85,34 @@ unsafe extern "C" {
         columns: i64,
         stream: *mut c_void,
     ) -> c_int;
+    pub(crate) fn op_gemm_gelu_suits(dtype: i32, rows: i64, inner: i64, columns: i64) -> c_int;
+    pub(crate) fn op_gemm_gelu(
+        dtype: i32,
+        x: *const c_void,
+        weight: *const c_void,
+        bias: *const c_void,
+        pre: *mut c_void,
+        y: *mut c_void,
+        rows: i64,
+        inner: i64,
+        columns: i64,
+        stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_gemm_gelu_partials(rows: i64) -> i64;
+    pub(crate) fn op_gemm_gelu_bwd(
+        dtype: i32,
+        dy: *const c_void,
+        weight: *const c_void,
+        pre: *const c_void,
+        dx: *mut c_void,
+        y: *mut c_void,
+        sums: *mut f32,
+        partial: *mut f32,
+        rows: i64,
+        inner: i64,
+        columns: i64,
+        stream: *mut c_void,
+    ) -> c_int;
     pub(crate) fn op_cast(
         from_dtype: i32,
         from: *const c_void,

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Stora
 
 use super::cpu::{self, values, with_element};
 use super::plain;
+use super::product::product;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
@@ -88,7 +89,7 @@ impl CustomOp2 for GeluBackward {
 }
 
 /// `gelu(x)` and the gradient of x, outside of any graph, from contiguous tensors of one shape.
-pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Gradient)> {
+fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Gradient)> {
     let locked = (Locked::new(x), Locked::new(grad));
     match (locked.0.operand()?, locked.1.operand()?) {
         (Operand::Cpu(storage, layout), Operand::Cpu(grad, grad_layout)) => {
@@ -105,16 +106,41 @@ pub(super) fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Gr
         }
         #[cfg(feature = "cuda")]
         (operand, grad) => {
-            let (y, dx, sums) = cuda::gelu_and_backward(operand.cuda()?, grad.cuda()?)?;
-            let dx = Gradient {
-                value: plain(Storage::Cuda(dx), x.shape()),
-                column_sum: Some(sums),
-            };
-            Ok((plain(Storage::Cuda(y), x.shape()), dx))
+            cuda::gelu_and_backward(operand.cuda()?, grad.cuda()?).map(|found| on_cuda(found, x))
         }
         #[cfg(not(feature = "cuda"))]
         _ => candle_core::bail!("gelu: this program was built without CUDA"),
     }
+}
+
+/// `gelu(x)` and the gradient of x, from the gradient `[rows, out]` of `linear(gelu(x), weight)`.
+pub(super) fn gelu_linear_backward(
+    x: &Tensor,
+    grad: &Tensor,
+    weight: &Tensor,
+) -> Result<(Tensor, Gradient)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let locked = (Locked::new(x), Locked::new(grad), Locked::new(weight));
+        let (operand, grad) = (locked.0.operand()?, locked.1.operand()?);
+        let weight = locked.2.operand()?;
+        let fused = cuda::gelu_linear_backward(operand.cuda()?, grad.cuda()?, weight.cuda()?)?;
+        if let Some(found) = fused {
+            return Ok(on_cuda(found, x));
+        }
+    }
+    let d_activated = product([grad, weight], [false, false], None, x.dtype())?;
+    gelu_and_backward(x, &d_activated.reshape(x.shape())?)
+}
+
+/// `gelu(x)`, and the gradient of x with its column sums.
+#[cfg(feature = "cuda")]
+fn on_cuda((y, dx, sums): (CudaStorage, CudaStorage, Tensor), x: &Tensor) -> (Tensor, Gradient) {
+    let dx = Gradient {
+        value: plain(Storage::Cuda(dx), x.shape()),
+        column_sum: Some(sums),
+    };
+    (plain(Storage::Cuda(y), x.shape()), dx)
 }
 
 /// The standard normal distribution at one point.

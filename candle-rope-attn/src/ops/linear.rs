@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::cpu::{sum_vectors, values, vectorized};
 use super::product::{Matrix, Product, product, rows_and_columns};
-use super::{cast, gelu, gelu_and_backward, plain};
+use super::{cast, gelu, gelu_linear_backward, plain};
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
@@ -27,7 +27,7 @@ const ROWS: usize = 128;
 /// # Errors
 /// When a dtype or shape is another.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    Linear::new(x, weight, bias, None)?.forward(false)
+    Linear::new(x, weight, bias, None)?.forward(Input::Given)
 }
 
 /// As [`linear`], with the result added to `residual` `[.., out]` before it is rounded.
@@ -40,7 +40,7 @@ pub fn linear_add(
     bias: Option<&Tensor>,
     residual: &Tensor,
 ) -> Result<Tensor> {
-    Linear::new(x, weight, bias, Some(residual))?.forward(false)
+    Linear::new(x, weight, bias, Some(residual))?.forward(Input::Given)
 }
 
 /// As [`linear_add`], of [`gelu`] of x: the second half of a transformer's MLP. The activations are
@@ -54,7 +54,30 @@ pub fn gelu_linear_add(
     bias: Option<&Tensor>,
     residual: &Tensor,
 ) -> Result<Tensor> {
-    Linear::new(x, weight, bias, Some(residual))?.forward(true)
+    Linear::new(x, weight, bias, Some(residual))?.forward(Input::Gelu(None))
+}
+
+/// A transformer's MLP: [`gelu_linear_add`] of [`linear`] of x, each with its weight and bias. On
+/// Hopper one kernel computes the first layer and its activations.
+///
+/// # Errors
+/// As [`linear`].
+pub fn mlp_add(
+    x: &Tensor,
+    (weight, bias): (&Tensor, Option<&Tensor>),
+    (out_weight, out_bias): (&Tensor, Option<&Tensor>),
+    residual: &Tensor,
+) -> Result<Tensor> {
+    let (hidden, activated) = Linear::new(x, weight, bias, None)?.forward_and_gelu()?;
+    Linear::new(&hidden, out_weight, out_bias, Some(residual))?.forward(Input::Gelu(activated))
+}
+
+/// What the matrix product takes.
+enum Input {
+    /// x.
+    Given,
+    /// GELU of x, where it is known already.
+    Gelu(Option<Tensor>),
 }
 
 /// The contiguous tensors of one call.
@@ -107,19 +130,52 @@ impl Linear {
         [&self.x, &self.weight].into_iter().chain(optional)
     }
 
-    fn forward(self, activate: bool) -> Result<Tensor> {
+    fn forward(self, input: Input) -> Result<Tensor> {
         let dtype = self.x.dtype();
         if self.x.device().is_cpu() && dtype != DType::F32 {
-            return cast(&self.in_f32()?.forward(activate)?, dtype);
+            return cast(&self.in_f32()?.forward(input)?, dtype);
         }
-        let records = tape::records(&self.inputs().collect::<Vec<_>>());
-        if !records && self.inputs().any(Tensor::track_op) {
+        let activate = matches!(input, Input::Gelu(_));
+        if self.belongs_to_graph() {
             return self.in_graph(activate);
         }
-        let y = self.compute(activate)?;
-        let shape = output_shape(self.x.dims(), self.weight.dim(0)?);
-        if !records {
-            return Ok(plain(y, shape));
+        let y = self.compute(input)?;
+        Ok(self.output(y, activate))
+    }
+
+    /// The result, and its GELU where that comes with it.
+    fn forward_and_gelu(self) -> Result<(Tensor, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if let Some(bias) = &self.bias
+            && self.x.device().is_cuda()
+            && !self.belongs_to_graph()
+        {
+            let locked = [&self.x, &self.weight, bias].map(Locked::new);
+            let [x, weight, bias] = locked.each_ref().map(Locked::operand);
+            let found = cuda::linear_gelu(x?.cuda()?, weight?.cuda()?, bias?.cuda()?)?;
+            drop(locked);
+            if let Some((y, activated)) = found {
+                let y = self.output(Storage::Cuda(y), false);
+                let activated = plain(Storage::Cuda(activated), y.shape());
+                return Ok((y, Some(activated)));
+            }
+        }
+        Ok((self.forward(Input::Given)?, None))
+    }
+
+    fn records(&self) -> bool {
+        tape::records(&self.inputs().collect::<Vec<_>>())
+    }
+
+    fn belongs_to_graph(&self) -> bool {
+        !self.records() && self.inputs().any(Tensor::track_op)
+    }
+
+    /// Makes a tensor of what was computed, on the tape if one records.
+    fn output(self, y: Storage, activate: bool) -> Tensor {
+        let shape = output_shape(self.x.dims(), rows_and_columns(self.weight.dims()).0);
+        if !self.records() {
+            return plain(y, shape);
         }
         let y = tape::output(y, shape);
         let name = if activate {
@@ -130,7 +186,7 @@ impl Linear {
         tape::push(name, &y, move |grad, gradients| {
             self.backward(activate, grad, gradients)
         });
-        Ok(y)
+        y
     }
 
     fn in_f32(&self) -> Result<Self> {
@@ -159,10 +215,11 @@ impl Linear {
         }
     }
 
-    fn compute(&self, activate: bool) -> Result<Storage> {
-        let x = match activate {
-            true => &gelu(&self.x.detach())?,
-            false => &self.x,
+    fn compute(&self, input: Input) -> Result<Storage> {
+        let x = match input {
+            Input::Given => &self.x,
+            Input::Gelu(Some(activated)) => &activated.clone(),
+            Input::Gelu(None) => &gelu(&self.x.detach())?,
         };
         let locked = (Locked::new(x), Locked::new(&self.weight));
         let bias = self.bias.as_ref().map(Locked::new);
@@ -187,8 +244,7 @@ impl Linear {
         }
         let mut input = x.clone();
         if activate {
-            let d_activated = product([&grad, &weight], [false, false], None, x.dtype())?;
-            let (activated, dx) = gelu_and_backward(&x, &d_activated.reshape(x.shape())?)?;
+            let (activated, dx) = gelu_linear_backward(&x, &grad, &weight)?;
             input = activated;
             gradients.add(&self.x, dx)?;
         } else if self.x.track_op() {

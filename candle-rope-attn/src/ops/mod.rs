@@ -30,12 +30,12 @@ pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;
 pub use global_norm::global_norm;
 pub use layer_norm::layer_norm;
-pub use linear::{gelu_linear_add, linear, linear_add};
+pub use linear::{gelu_linear_add, linear, linear_add, mlp_add};
 pub use rope::rope;
 
 pub use crate::profile::{Part, Profile};
 pub use crate::tape::{Gradients, Tape, checkpoint};
-use gelu::gelu_and_backward;
+use gelu::gelu_linear_backward;
 
 /// A contiguous tensor outside of any graph.
 fn plain(storage: Storage, shape: impl Into<Shape>) -> Tensor {

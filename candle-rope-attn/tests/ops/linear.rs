@@ -1,6 +1,6 @@
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{gelu_linear_add, linear, linear_add};
+use candle_rope_attn::ops::{Gradients, Tape, gelu_linear_add, linear, linear_add, mlp_add};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, compare_with, device_tests, random, values,
@@ -12,6 +12,8 @@ device_tests!(
     without_bias,
     adds_to_a_residual,
     activates_first,
+    mlp_matches_reference,
+    mlp_in_16_bits,
     frozen_arguments_get_no_gradient
 );
 
@@ -121,14 +123,93 @@ fn activates_first(device: &Device) -> Result<()> {
         device,
         &residual_inputs(DType::F32),
         |x| gelu_linear_add(&x[0], &x[1], Some(&x[2]), &x[3]),
-        |inputs, grad| {
-            let mut activated = inputs.to_vec();
-            activated[0] = gelu::reference(&inputs[..1], &[]).0;
-            let (y, mut grads) = residual_reference(&activated, grad, 40);
-            grads[0] = gelu::reference(&inputs[..1], &grads[0]).1.remove(0);
-            (y, grads)
-        },
+        |inputs, grad| activated_reference(inputs, grad, 40),
     )
+}
+
+/// x, weight and bias, and again, and the residual: at sizes for which Hopper has kernels with GELU.
+fn mlp_inputs(dtype: DType) -> [Input; 6] {
+    let shapes: [&[usize]; 6] = [
+        &[2, 150, 64],
+        &[128, 64],
+        &[128],
+        &[64, 128],
+        &[64],
+        &[2, 150, 64],
+    ];
+    let mut seed = 0;
+    shapes.map(|shape| {
+        seed += 1;
+        Input::random(shape, dtype, seed)
+    })
+}
+
+fn mlp(x: &[Tensor]) -> candle_core::Result<Tensor> {
+    let layer = |i: usize| (&x[i], Some(&x[i + 1]));
+    mlp_add(&x[0], layer(1), layer(3), &x[5])
+}
+
+fn mlp_reference(inputs: &[Vec<f64>], grad: &[f64]) -> Reference {
+    let (hidden, _) = reference(&inputs[..3], &[], 64);
+    let outer = [&[hidden], &inputs[3..]].concat();
+    let (y, mut outer) = activated_reference(&outer, grad, 128);
+    let (_, mut grads) = reference(&inputs[..3], &outer.remove(0), 64);
+    grads.append(&mut outer);
+    (y, grads)
+}
+
+fn mlp_matches_reference(device: &Device) -> Result<()> {
+    compare(
+        "mlp_add",
+        device,
+        &mlp_inputs(DType::F32),
+        mlp,
+        mlp_reference,
+    )
+}
+
+/// On the tape, where several roundings come between.
+fn mlp_in_16_bits(device: &Device) -> Result<()> {
+    for (dtype, rounding) in [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)] {
+        let inputs = mlp_inputs(dtype);
+        let vars = inputs
+            .iter()
+            .map(|input| Ok(input.var(device)?.as_tensor().clone()));
+        let vars = vars.collect::<Result<Vec<_>>>()?;
+        let grad = Input::random(&inputs[5].shape, dtype, 7).var(device)?;
+        let grad = grad.detach();
+        let (loss, tape) = Tape::record(|| (mlp(&vars)? * &grad)?.sum_all())?;
+        let mut gradients = Gradients::default();
+        tape.backward(&loss, 1.0, &mut gradients)?;
+        let mut got = vec![mlp(&vars)?];
+        for var in &vars {
+            got.push(gradients.remove(var).context("a gradient is missing")?);
+        }
+
+        let rounded = vars.iter().map(values);
+        let rounded = rounded.collect::<Result<Vec<_>>>()?;
+        let (y, mut expected) = mlp_reference(&rounded, &values(&grad)?);
+        expected.insert(0, y);
+        for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
+            for (got, expected) in values(got)?.iter().zip(expected) {
+                ensure!(
+                    (got - expected).abs() <= 3.0 * rounding * largest,
+                    "{dtype:?}, result {i}: got {got}, not {expected}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As [`residual_reference`], of GELU of the first input.
+fn activated_reference(inputs: &[Vec<f64>], grad: &[f64], features: usize) -> Reference {
+    let mut activated = inputs.to_vec();
+    activated[0] = gelu::reference(&inputs[..1], &[]).0;
+    let (y, mut grads) = residual_reference(&activated, grad, features);
+    grads[0] = gelu::reference(&inputs[..1], &grads[0]).1.remove(0);
+    (y, grads)
 }
 
 fn without_bias(device: &Device) -> Result<()> {
