@@ -531,7 +531,7 @@ int bwd(const AttnParams& params) {
                           kGroupThreads, 0, p.stream, p));
   }
   workspace += stats_bytes(p);
-  if (p.rope_cos != nullptr) {
+  if (p.rope_cos != nullptr && !p.qk_rotated) {
     if (p.rotated != nullptr) {
       p.q = rotated_tensor(p, p.rotated, 0);
       p.k = rotated_tensor(p, p.rotated, 1);
@@ -557,7 +557,7 @@ int bwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_bwd_workspace_bytes(const AttnParams* p) {
-  const bool rotates = p->rope_cos != nullptr && p->rotated == nullptr;
+  const bool rotates = p->rope_cos != nullptr && p->rotated == nullptr && !p->qk_rotated;
   const size_t rotated = rotates ? attn_rotated_bytes(p) : 0;
   return attn::stats_bytes(*p) + rotated + attn::block_buckets_bytes(*p);
 }

@@ -168,7 +168,9 @@ template <class T>
 int fwd(const AttnParams& params) {
   KernelParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o});
-  if (p.rope_cos != nullptr && p.rotated != nullptr) {
+  if (p.qk_rotated) {
+    p.rope_cos = p.rope_sin = nullptr;
+  } else if (p.rope_cos != nullptr && p.rotated != nullptr) {
     ATTN_RETURN_IF(rotate_qk<T>(p, p.rotated));
     p.rope_cos = p.rope_sin = nullptr;
   } else if (p.rope_cos != nullptr) {
@@ -187,7 +189,8 @@ int fwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_fwd_workspace_bytes(const AttnParams* p) {
-  return p->rope_cos != nullptr && p->rotated == nullptr ? attn::workspace_tensor_bytes(*p) : 0;
+  const bool rotates_k = p->rope_cos != nullptr && p->rotated == nullptr && !p->qk_rotated;
+  return rotates_k ? attn::workspace_tensor_bytes(*p) : 0;
 }
 
 size_t attn_rotated_bytes(const AttnParams* p) { return 2 * attn::workspace_tensor_bytes(*p); }

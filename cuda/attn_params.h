@@ -83,6 +83,7 @@ typedef struct AttnParams {
   int32_t window_right;   // ... and after; -1 = all (causal acts as 0)
   int32_t rope_interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + head_dim/2)
   int32_t num_buckets;    // of bias_buckets; 0 without
+  int32_t qk_rotated;     // q and k are rotated already; dq and dk are those of what they were before
   float softmax_scale;
   // Probabilities are dropped with dropout_p, the kept ones divided by 1 - dropout_p: element
   // (sequence b, head h, query i, key j) is dropped when word j % 4 of Philox4x32-10 with counter
@@ -94,8 +95,8 @@ ATTN_STATIC_ASSERT(sizeof(AttnTensor) == 32, "AttnTensor layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, lse) == 256, "AttnParams layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 328, "AttnParams layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 352, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 412, "AttnParams layout");
-ATTN_STATIC_ASSERT(sizeof(AttnParams) == 416, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 416, "AttnParams layout");
+ATTN_STATIC_ASSERT(sizeof(AttnParams) == 424, "AttnParams layout");
 
 // Bytes of workspace that a call with these parameters needs (no device access; pointers are only
 // compared with null). 0 means workspace may be null.

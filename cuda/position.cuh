@@ -16,7 +16,7 @@ struct Rope {
   __host__ __device__ __forceinline__ explicit Rope(const AttnParams& p)
       : cos(p.rope_cos), sin(p.rope_sin), half(p.head_dim / 2), interleaved(p.rope_interleaved) {}
 
-  __device__ __forceinline__ static Rope none() { return Rope(); }
+  __host__ __device__ __forceinline__ static Rope none() { return Rope(); }
 
   // W pairs fill two runs of W columns; run 0 or 1 of the pairs from pair0 on begins here.
   __device__ __forceinline__ int column(int pair0, int run, int width) const {
@@ -70,7 +70,7 @@ struct Rope {
   };
 
  private:
-  __device__ __forceinline__ Rope() : cos(nullptr), sin(nullptr), half(0), interleaved(false) {}
+  __host__ __device__ __forceinline__ Rope() : cos(nullptr), sin(nullptr), half(0), interleaved(false) {}
 };
 
 // Rotation may work on 16-byte runs: they are whole, and the tables are aligned.

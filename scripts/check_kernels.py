@@ -32,7 +32,7 @@ TENSORS = ["q", "k", "v", "o", "d_o", "dq", "dk", "dv"]
 POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "bias", "bias_buckets",
             "d_bias", "workspace", "rotated", "stream"]
 INTS = ["batch", "seqlen", "num_heads", "head_dim", "dtype", "causal", "window_left",
-        "window_right", "rope_interleaved", "num_buckets"]
+        "window_right", "rope_interleaved", "num_buckets", "qk_rotated"]
 
 
 class Params(ctypes.Structure):
@@ -43,7 +43,7 @@ class Params(ctypes.Structure):
                 + [("softmax_scale", ctypes.c_float), ("dropout_p", ctypes.c_float)])
 
 
-assert ctypes.sizeof(Params) == 416
+assert ctypes.sizeof(Params) == 424
 
 
 def load(path):
@@ -276,8 +276,13 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
         a.params.num_buckets = num_buckets
     a.params.lse = lse.data_ptr()
     a.set(o=one(o), d_o=one(g), dq=one(dq), dk=one(dk), dv=one(dv))
-    if rope != "none" and sum(lens) % 2 == 1:
+    rotation = (sum(lens) + d) % 3 if rope != "none" else 0
+    if rotation == 1:
         a.keep_rotated()
+    if rotation == 2:
+        a.params.qk_rotated = 1
+        for x in qkv.unbind(2)[:2]:
+            x.copy_(rotate(x, *at, interleaved))
     problems = []
     for which in ("attn_fwd", "attn_bwd", "attn_bwd"):
         space, size = a.workspace(which)

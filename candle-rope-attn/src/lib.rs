@@ -11,6 +11,7 @@
 //! | --- | --- | --- |
 //! | [`attention`] | three tensors | |
 //! | [`attention_qkvpacked`] | one tensor, as one linear layer makes them | |
+//! | [`attention_projected`] | the hidden states, which one linear layer makes q, k and v of | |
 //! | [`attention_with_bias`], [`attention_qkvpacked_with_bias`] | either | the weight of [`RelativeBias`] |
 //! | [`ops::rope`] | rotation alone | |
 //!
@@ -117,7 +118,10 @@ mod tape;
 
 use candle_core::{Device, Result};
 
-pub use op::{attention, attention_qkvpacked, attention_qkvpacked_with_bias, attention_with_bias};
+pub use op::{
+    attention, attention_projected, attention_qkvpacked, attention_qkvpacked_with_bias,
+    attention_with_bias,
+};
 
 pub use spec::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,

@@ -13,6 +13,9 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::element::check_dtype;
+use crate::ops::linear;
+#[cfg(feature = "cuda")]
+use crate::ops::linear_rotated;
 use crate::spec::{AttentionSpec, PositionEncoding, Sequences};
 use crate::tape;
 
@@ -64,6 +67,37 @@ pub fn attention_qkvpacked(
     let (qkv, flat, batch) = packed(qkv, spec, sequences)?;
     let op = Attention::new(spec, batch, &[&qkv], flat);
     tape::apply1(op, &qkv)
+}
+
+/// [`attention_qkvpacked`] of the flat q, k and v that a linear layer makes of x: its weight is
+/// `[3 * num_heads * head_dim, inner]`, its bias `[3 * num_heads * head_dim]`, and x
+/// `[batch, seqlen, inner]`, or `[total_tokens, inner]` with [`Sequences::CuSeqlens`].
+///
+/// With RoPE, the product rotates q and k on Hopper GPUs where head_dim is a power of 2 from 16 on, so
+/// that the rotation takes next to no time.
+///
+/// # Errors
+/// As [`attention`] and [`linear`](crate::ops::linear).
+pub fn attention_projected(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    spec: &AttentionSpec,
+    sequences: &Sequences,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (PositionEncoding::Rope(rope), [tokens @ .., _]) = (&spec.position, x.dims())
+        && weight.dims().first() == Some(&(3 * spec.num_heads * spec.head_dim))
+    {
+        let dims = [tokens, &[3, spec.num_heads, spec.head_dim]].concat();
+        let batch = check(&dims, x.dtype(), true, spec, sequences)?;
+        if let Some(qkv) = linear_rotated(x, weight, bias, rope, &batch, spec.num_heads)? {
+            let mut op = Attention::new(spec, batch, &[&qkv], true);
+            op.qk_rotated = true;
+            return tape::apply1(op, &qkv);
+        }
+    }
+    attention_qkvpacked(&linear(x, weight, bias)?, spec, sequences)
 }
 
 /// As [`attention`] with [`PositionEncoding::RelativeBias`], whose `weight`
@@ -206,6 +240,9 @@ struct Attention {
     /// The log-sum-exp, of [`Batch::lse_shape`], from the forward for the backward pass, in the
     /// units of the device's kernel. None if there will be no backward pass.
     lse: Option<OnceLock<Tensor>>,
+    /// Whether q and k come rotated; gradients are those of q and k before that.
+    #[cfg(feature = "cuda")]
+    qk_rotated: bool,
     /// q and k rotated, which the GPU's kernels keep for the backward pass.
     #[cfg(feature = "cuda")]
     rotated: OnceLock<Tensor>,
@@ -220,6 +257,8 @@ impl Attention {
             batch,
             flat,
             lse: tracked.then(OnceLock::new),
+            #[cfg(feature = "cuda")]
+            qk_rotated: false,
             #[cfg(feature = "cuda")]
             rotated: OnceLock::new(),
         }
@@ -288,8 +327,15 @@ impl Attention {
             .collect();
         let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
         let out_layout = Layout::contiguous(self.heads_shape());
-        let (spec, batch, keep) = (&self.spec, &self.batch, self.lse.is_some());
-        let found = cuda::attention::forward(spec, batch, &inputs, weight, &out_layout, keep)?;
+        let found = cuda::attention::forward(
+            &self.spec,
+            &self.batch,
+            &inputs,
+            weight,
+            &out_layout,
+            self.qk_rotated,
+            self.lse.is_some(),
+        )?;
         if let Some(saved) = &self.lse {
             saved.get_or_init(|| found.lse);
         }
@@ -336,8 +382,9 @@ impl Attention {
             Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                let rotated = self.rotated.get();
-                cuda::attention::backward(&self.spec, &self.batch, inputs, weight, saved, rotated)
+                let (spec, batch, rotated) = (&self.spec, &self.batch, self.rotated.get());
+                let before = self.qk_rotated;
+                cuda::attention::backward(spec, batch, inputs, weight, saved, before, rotated)
             }
             device => bail!("attention: no backward pass on {:?}", device.location()),
         }

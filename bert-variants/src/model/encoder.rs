@@ -5,9 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum};
-use candle_rope_attn::{
-    AttentionSpec, Dropout, Sequences, attention_qkvpacked, attention_qkvpacked_with_bias,
-};
+use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
 use super::layers::{LayerNorm, Linear, PassDropout, Weights};
 use crate::config::{Activation, BertConfig, Dropouts, Norm, Position};
@@ -246,12 +244,16 @@ struct Attention {
 }
 
 impl Attention {
-    /// `[tokens, 3 * hidden_size]` to `[tokens, hidden_size]`.
-    fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
-        Ok(match &self.relative_bias {
-            Some(bias) => attention_qkvpacked_with_bias(qkv, bias, &self.spec, &self.sequences)?,
-            None => attention_qkvpacked(qkv, &self.spec, &self.sequences)?,
-        })
+    /// `[tokens, hidden_size]` of x, of the same shape, by the layer that makes q, k and v of it.
+    fn forward(&self, x: &Tensor, qkv: &Linear) -> Result<Tensor> {
+        let (spec, sequences) = (&self.spec, &self.sequences);
+        match &self.relative_bias {
+            Some(bias) => {
+                let qkv = qkv.forward(x)?;
+                Ok(attention_qkvpacked_with_bias(&qkv, bias, spec, sequences)?)
+            }
+            None => qkv.attention(x, spec, sequences),
+        }
     }
 }
 
@@ -323,7 +325,7 @@ impl Layer {
         attention: &Attention,
         place: Place,
     ) -> Result<Tensor> {
-        let context = attention.forward(&self.qkv.forward(x)?)?;
+        let context = attention.forward(x, &self.qkv)?;
         let p = place.dropouts.attention_output;
         let dropout = place.dropout.at(p, "attention", place.layer);
         self.attention_output

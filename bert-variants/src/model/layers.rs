@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use candle_rope_attn::{Dropout, ops};
+use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_projected, ops};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::config::{Activation, BertConfig};
@@ -71,6 +71,18 @@ impl Linear {
                 ops::linear_add(x, &weight, bias.as_ref(), residual)?
             }
         })
+    }
+
+    /// Attention of the q, k and v that this layer makes of x.
+    pub fn attention(
+        &self,
+        x: &Tensor,
+        spec: &AttentionSpec,
+        sequences: &Sequences,
+    ) -> Result<Tensor> {
+        let (weight, bias) = self.cast(x.dtype())?;
+        let bias = bias.as_ref();
+        Ok(attention_projected(x, &weight, bias, spec, sequences)?)
     }
 
     /// `residual + output.forward(gelu(forward(x)))`.

@@ -23,16 +23,18 @@ pub(crate) struct Forward {
     pub rotated: Option<Tensor>,
 }
 
-/// Computes the output of a call; `keep_rotated` what a backward pass needs not compute again.
+/// Computes the output of a call; with `keep_rotated` also what a backward pass needs not compute
+/// again.
 ///
-/// `inputs` are q, k and v, or one packed tensor; `weight` is that of
-/// [`PositionEncoding::RelativeBias`], contiguous f32.
+/// `inputs` are q, k and v, or one packed tensor, `qk_rotated` says whether q and k are rotated
+/// already; `weight` is that of [`PositionEncoding::RelativeBias`], contiguous f32.
 pub(crate) fn forward(
     spec: &AttentionSpec,
     batch: &Batch,
     inputs: &[(&CudaStorage, &Layout)],
     weight: Option<&CudaStorage>,
     out_layout: &Layout,
+    qk_rotated: bool,
     keep_rotated: bool,
 ) -> Result<Forward> {
     let call = Attention::new(spec, batch, inputs, weight);
@@ -45,10 +47,11 @@ pub(crate) fn forward(
 
     let mut pointers = Pointers::new(&stream)?;
     let mut params = call.params(&tables, &mut pointers)?;
+    params.qk_rotated = qk_rotated.into();
     // SAFETY: only reads the parameters.
     let bytes = unsafe { ffi::attn_rotated_bytes(&params) };
     let elements = bytes / call.dtype().size_in_bytes();
-    if keep_rotated && tables.rope.is_some() {
+    if keep_rotated && !qk_rotated && tables.rope.is_some() {
         let storage = alloc_storage(call.device(), call.dtype(), elements)?;
         params.rotated = pointers.write_storage(rotated.insert(storage))?;
     }
@@ -79,6 +82,7 @@ pub(crate) fn backward(
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
     saved: [&Tensor; 3],
+    qk_rotated: bool,
     rotated: Option<&Tensor>,
 ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
     let locked: Vec<_> = (inputs.iter().copied().chain(weight))
@@ -107,6 +111,7 @@ pub(crate) fn backward(
 
     let mut pointers = Pointers::new(&stream)?;
     let mut params = call.params(&tables, &mut pointers)?;
+    params.qk_rotated = qk_rotated.into();
     params.o = call.rows(out, View::new(out_layout), &mut pointers)?;
     params.d_o = call.rows(d_out, View::new(d_out_layout), &mut pointers)?;
     params.lse = pointers.read_storage(lse)?.cast_mut().cast();

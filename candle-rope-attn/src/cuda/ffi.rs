@@ -56,6 +56,7 @@ pub(crate) struct AttnParams {
     pub window_right: i32,
     pub rope_interleaved: i32,
     pub num_buckets: i32,
+    pub qk_rotated: i32,
     pub softmax_scale: f32,
     pub dropout_p: f32,
 }
@@ -65,8 +66,8 @@ const _: () = assert!(size_of::<AttnTensor>() == 32);
 const _: () = assert!(offset_of!(AttnParams, lse) == 256);
 const _: () = assert!(offset_of!(AttnParams, workspace) == 328);
 const _: () = assert!(offset_of!(AttnParams, total_tokens) == 352);
-const _: () = assert!(offset_of!(AttnParams, dropout_p) == 412);
-const _: () = assert!(size_of::<AttnParams>() == 416);
+const _: () = assert!(offset_of!(AttnParams, dropout_p) == 416);
+const _: () = assert!(size_of::<AttnParams>() == 424);
 
 unsafe extern "C" {
     pub(crate) fn attn_fwd_workspace_bytes(params: *const AttnParams) -> usize;

@@ -44,6 +44,11 @@ pub(super) fn input<'a>(
     Ok(base.wrapping_byte_add(start * storage.dtype().size_in_bytes()))
 }
 
+/// Whether the first element is where kernels with 16-byte accesses can read it.
+pub(super) fn start_is_aligned((storage, layout): &Input) -> bool {
+    (layout.start_offset() * storage.dtype().size_in_bytes()).is_multiple_of(16)
+}
+
 fn describe(op: &str, layout: &Layout, dtype: DType) -> String {
     format!("{op} of {:?} {dtype:?}", layout.dims())
 }
@@ -103,17 +108,14 @@ pub(crate) fn gelu_and_backward(
     Ok((y, dx, tensor(sums, columns)))
 }
 
-/// Whether there is a kernel for products with GELU of these matrices of `[rows, inner, columns]`.
-fn gemm_gelu_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> bool {
+/// Whether there is a kernel that multiplies and applies GELU, for these matrices of `[rows, inner, columns]`.
+fn gemm_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> bool {
     let dtype = matrices[0].0.dtype();
-    let alike = |(storage, layout): &Input| {
-        let offset = layout.start_offset() * dtype.size_in_bytes();
-        storage.dtype() == dtype && offset.is_multiple_of(16)
-    };
+    let alike = |matrix: &Input| matrix.0.dtype() == dtype && start_is_aligned(matrix);
     // SAFETY: it takes numbers only.
     matrices.iter().all(alike)
         && unsafe {
-            ffi::op_gemm_gelu_suits(dtype_code(dtype), rows as i64, inner as i64, columns as i64)
+            ffi::op_gemm_suits(dtype_code(dtype), rows as i64, inner as i64, columns as i64)
         } != 0
 }
 
@@ -125,7 +127,7 @@ pub(crate) fn linear_gelu(
 ) -> Result<Option<(CudaStorage, CudaStorage)>> {
     let (rows, inner) = rows_and_columns(x.1.dims());
     let (columns, _) = rows_and_columns(weight.1.dims());
-    if !gemm_gelu_suits([rows, inner, columns], &[x, weight, bias]) {
+    if !gemm_suits([rows, inner, columns], &[x, weight, bias]) {
         return Ok(None);
     }
     let (device, dtype) = (x.0.device(), x.0.dtype());
@@ -155,7 +157,7 @@ pub(crate) fn gelu_linear_backward(
 ) -> Result<Option<(CudaStorage, CudaStorage, Tensor)>> {
     let (rows, columns) = rows_and_columns(x.1.dims());
     let (_, inner) = rows_and_columns(grad.1.dims());
-    if !gemm_gelu_suits([rows, inner, columns], &[x, grad, weight]) {
+    if !gemm_suits([rows, inner, columns], &[x, grad, weight]) {
         return Ok(None);
     }
     let (device, dtype) = (x.0.device(), x.0.dtype());

@@ -85,7 +85,7 @@ unsafe extern "C" {
         columns: i64,
         stream: *mut c_void,
     ) -> c_int;
-    pub(crate) fn op_gemm_gelu_suits(dtype: i32, rows: i64, inner: i64, columns: i64) -> c_int;
+    pub(crate) fn op_gemm_suits(dtype: i32, rows: i64, inner: i64, columns: i64) -> c_int;
     pub(crate) fn op_gemm_gelu(
         dtype: i32,
         x: *const c_void,
@@ -223,6 +223,14 @@ unsafe extern "C" {
         rows: i64,
         vocab: i64,
         stream: *mut c_void,
+    ) -> c_int;
+    pub(crate) fn op_gemm_rope_suits(params: *const AttnParams, inner: i64) -> c_int;
+    pub(crate) fn op_gemm_rope(
+        params: *const AttnParams,
+        x: *const c_void,
+        weight: *const c_void,
+        bias: *const c_void,
+        inner: i64,
     ) -> c_int;
     pub(crate) fn op_rope(params: *const AttnParams, inverse: i32) -> c_int;
     pub(crate) fn op_global_norm_partials(tensors: *const OpTensor, count: i64) -> i64;

@@ -1,4 +1,5 @@
-//! RoPE on NVIDIA GPUs: its tables for every kernel, and the rotation as an operation of its own.
+//! RoPE on NVIDIA GPUs: its tables for every kernel, the rotation as an operation of its own, and in
+//! the product that makes q and k.
 
 use std::rc::Rc;
 
@@ -8,8 +9,10 @@ use candle_core::{CudaDevice, CudaStorage, Layout, Result, Shape};
 
 use super::attention::{rows_at, sizes, upload_list};
 use super::ffi::AttnParams;
+use super::ops::{Input, input, start_is_aligned};
 use super::{Pointers, alloc_storage, check, ops_ffi, upload};
 use crate::batch::{Batch, View};
+use crate::ops::product::rows_and_columns;
 use crate::position::{RopeTable, Turn};
 use crate::spec::{Rope, RopePairing, Sequences};
 
@@ -24,10 +27,7 @@ pub(crate) fn rotate(
     let (device, dtype, shape) = (x.device(), x.dtype(), layout.shape());
     let mut out = alloc_storage(device, dtype, shape.elem_count())?;
     let table = upload_table(device, rope, batch.seqlen)?;
-    let bounds = match &batch.sequences {
-        Sequences::CuSeqlens(bounds) => Some(upload_list(device, bounds)?),
-        _ => None,
-    };
+    let bounds = upload_bounds(device, batch)?;
     let num_heads = layout.dims()[layout.dims().len() - 2];
 
     let stream = device.cuda_stream();
@@ -47,6 +47,61 @@ pub(crate) fn rotate(
     check(code, || format!("rope of {:?} {dtype:?}", layout.dims()))?;
     drop(pointers);
     Ok((out, shape.clone()))
+}
+
+/// `x weight^T + bias`, which is q, k and v flat, with q and k turned by their positions: one kernel,
+/// if there is one for these. The weight is `[3 * num_heads * head_dim, inner]`.
+pub(crate) fn linear_rotated(
+    rope: &Rope,
+    batch: &Batch,
+    num_heads: usize,
+    x: Input,
+    weight: Input,
+    bias: Option<Input>,
+) -> Result<Option<CudaStorage>> {
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    if batch.total_tokens == 0 || ![x, weight].iter().chain(&bias).all(start_is_aligned) {
+        return Ok(None);
+    }
+    let (columns, inner) = rows_and_columns(weight.1.dims());
+    let table = upload_table(device, rope, batch.seqlen)?;
+    let bounds = upload_bounds(device, batch)?;
+    let mut qkv;
+
+    let stream = device.cuda_stream();
+    let mut pointers = Pointers::new(&stream)?;
+    let mut params = sizes(batch, num_heads, rope.head_dim(), dtype, &pointers)?;
+    set_table(&mut params, rope, &table, &mut pointers);
+    if let Some(bounds) = &bounds {
+        params.cu_seqlens = pointers.read(bounds);
+    }
+    // SAFETY: only reads the parameters.
+    if unsafe { ops_ffi::op_gemm_rope_suits(&params, inner as i64) } == 0 {
+        return Ok(None);
+    }
+    qkv = alloc_storage(device, dtype, batch.total_tokens * columns)?;
+    params.q.ptr = pointers.write_storage(&mut qkv)?;
+    let x = input(&mut pointers, x)?;
+    let weight = input(&mut pointers, weight)?;
+    let bias = (bias.map(|bias| input(&mut pointers, bias)).transpose()?).unwrap_or_default();
+    // SAFETY: as in `rotate`.
+    let code = unsafe { ops_ffi::op_gemm_rope(&params, x, weight, bias, inner as i64) };
+    check(code, || {
+        format!(
+            "projection of {} tokens to rotated q and k, {dtype:?}",
+            batch.total_tokens
+        )
+    })?;
+    drop(pointers);
+    Ok(Some(qkv))
+}
+
+/// Where the sequences of packed tensors begin.
+fn upload_bounds(device: &CudaDevice, batch: &Batch) -> Result<Option<Rc<CudaSlice<i32>>>> {
+    match &batch.sequences {
+        Sequences::CuSeqlens(bounds) => upload_list(device, bounds).map(Some),
+        _ => Ok(None),
+    }
 }
 
 /// Cosines, then sines, of `rope` at the positions below `seqlen`.

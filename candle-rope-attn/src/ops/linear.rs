@@ -10,9 +10,13 @@ use super::cpu::{sum_vectors, values, vectorized};
 use super::product::{Matrix, Product, product, rows_and_columns};
 use super::{cast, gelu, gelu_linear_backward, plain};
 #[cfg(feature = "cuda")]
-use crate::cuda::ops as cuda;
+use crate::batch::Batch;
+#[cfg(feature = "cuda")]
+use crate::cuda::{ops as cuda, rope as cuda_rope};
 use crate::element::check_dtype;
 use crate::operand::{Locked, Operand};
+#[cfg(feature = "cuda")]
+use crate::spec::Rope;
 use crate::tape::{self, Gradient, Gradients};
 
 /// Rows that one task of a column sum takes.
@@ -70,6 +74,20 @@ pub fn mlp_add(
 ) -> Result<Tensor> {
     let (hidden, activated) = Linear::new(x, weight, bias, None)?.forward_and_gelu()?;
     Linear::new(&hidden, out_weight, out_bias, Some(residual))?.forward(Input::Gelu(activated))
+}
+
+/// [`linear`] to q, k and v of all heads, flat, with q and k rotated, if there is a kernel for these.
+/// The gradient is that of the result before the rotation.
+#[cfg(feature = "cuda")]
+pub(crate) fn linear_rotated(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    rope: &Rope,
+    batch: &Batch,
+    num_heads: usize,
+) -> Result<Option<Tensor>> {
+    Linear::new(x, weight, bias, None)?.forward_rotated(rope, batch, num_heads)
 }
 
 /// What the matrix product takes.
@@ -161,6 +179,35 @@ impl Linear {
             }
         }
         Ok((self.forward(Input::Given)?, None))
+    }
+
+    /// The result as q, k and v with q and k rotated, if the device does that in one kernel. The
+    /// gradient is that of the result before.
+    #[cfg(feature = "cuda")]
+    fn forward_rotated(
+        self,
+        rope: &Rope,
+        batch: &Batch,
+        num_heads: usize,
+    ) -> Result<Option<Tensor>> {
+        if !self.x.device().is_cuda() || self.belongs_to_graph() {
+            return Ok(None);
+        }
+        let (x, weight) = (Locked::new(&self.x), Locked::new(&self.weight));
+        let bias = self.bias.as_ref().map(Locked::new);
+        let found = cuda_rope::linear_rotated(
+            rope,
+            batch,
+            num_heads,
+            x.operand()?.cuda()?,
+            weight.operand()?.cuda()?,
+            match &bias {
+                Some(bias) => Some(bias.operand()?.cuda()?),
+                None => None,
+            },
+        )?;
+        drop((x, weight, bias));
+        Ok(found.map(|qkv| self.output(Storage::Cuda(qkv), false)))
     }
 
     fn records(&self) -> bool {

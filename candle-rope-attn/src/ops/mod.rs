@@ -30,6 +30,8 @@ pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;
 pub use global_norm::global_norm;
 pub use layer_norm::layer_norm;
+#[cfg(feature = "cuda")]
+pub(crate) use linear::linear_rotated;
 pub use linear::{gelu_linear_add, linear, linear_add, mlp_add};
 pub use rope::rope;
 

@@ -10,6 +10,7 @@ mod gelu;
 mod global_norm;
 mod layer_norm;
 mod linear;
+mod projected;
 mod rope;
 mod tape;
 mod threads;
