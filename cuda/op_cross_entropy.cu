@@ -46,7 +46,85 @@ struct MaxSum {
     sum = sum * rescale(max, larger) + other.sum * rescale(other.max, larger);
     max = larger;
   }
+
+  // Those of a warp together, in its first lane.
+  __device__ __forceinline__ void merge_warp() {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      MaxSum other;
+      other.max = __shfl_down_sync(0xffffffffu, max, lanes);
+      other.sum = __shfl_down_sync(0xffffffffu, sum, lanes);
+      merge(other);
+    }
+  }
 };
+
+// The log of the sum of exp(x) over a row, in all threads of the block.
+template <class T, int kThreads>
+__device__ __forceinline__ float row_lse(const T* x, int64_t vocab) {
+  const RowParts<T> parts(x, vocab);
+  MaxSum total;
+  auto add_one = [&](int64_t i) {
+    const float v[1] = {to_float(x[i])};
+    total.add(v);
+  };
+  for (int64_t i = threadIdx.x; i < parts.head; i += kThreads) add_one(i);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < parts.chunks; i += kThreads) {
+    float v[kChunk<T>];
+    load_vec<T, kChunk<T>>(v, x + parts.head + i * kChunk<T>);
+    total.add(v);
+  }
+  for (int64_t i = parts.tail + threadIdx.x; i < vocab; i += kThreads) add_one(i);
+
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float maxima[kWarps], sums[kWarps], lse;
+  total.merge_warp();
+  if (lane_id() == 0) {
+    maxima[warp_id()] = total.max;
+    sums[warp_id()] = total.sum;
+  }
+  __syncthreads();
+  if (warp_id() == 0) {
+    MaxSum of_warp;
+    if (lane_id() < kWarps) {
+      of_warp.max = maxima[lane_id()];
+      of_warp.sum = sums[lane_id()];
+    }
+    of_warp.merge_warp();
+    if (lane_id() == 0) lse = of_warp.max + logf(of_warp.sum);
+  }
+  __syncthreads();
+  return lse;
+}
+
+// d = (exp(x - lse) - onehot(label)) * scale over a row. d may be x; it has the alignment of x if
+// kChunks.
+template <class T, int kThreads, bool kChunks>
+__device__ __forceinline__ void write_derivatives(const T* x, T* d, int64_t label, float lse,
+                                                  float scale, int64_t vocab) {
+  auto derivative = [&](int64_t i, float logit) {
+    const float p = exp2_approx((logit - lse) * kLog2e);
+    return (i == label ? p - 1.0f : p) * scale;
+  };
+  auto write_one = [&](int64_t i) { d[i] = from_float<T>(derivative(i, to_float(x[i]))); };
+  if constexpr (kChunks) {
+    const RowParts<T> parts(x, vocab);
+    for (int64_t i = threadIdx.x; i < parts.head; i += kThreads) write_one(i);
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < parts.chunks; i += kThreads) {
+      const int64_t first = parts.head + i * kChunk<T>;
+      float v[kChunk<T>];
+      load_vec<T, kChunk<T>>(v, x + first);
+#pragma unroll
+      for (int j = 0; j < kChunk<T>; ++j) v[j] = derivative(first + j, v[j]);
+      store_vec<T, kChunk<T>>(d + first, v);
+    }
+    for (int64_t i = parts.tail + threadIdx.x; i < vocab; i += kThreads) write_one(i);
+  } else {
+    for (int64_t i = threadIdx.x; i < vocab; i += kThreads) write_one(i);
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kOpThreads)
@@ -54,42 +132,8 @@ __global__ void __launch_bounds__(kOpThreads)
                              float* __restrict__ lse, float* __restrict__ losses, int64_t vocab) {
   const int64_t row = blockIdx.x;
   const T* x = logits + row * vocab;
-  const RowParts<T> parts(x, vocab);
-  MaxSum total;
-  auto add_one = [&](int64_t i) {
-    const float v[1] = {to_float(x[i])};
-    total.add(v);
-  };
-  for (int64_t i = threadIdx.x; i < parts.head; i += kOpThreads) add_one(i);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < parts.chunks; i += kOpThreads) {
-    float v[kChunk<T>];
-    load_vec<T, kChunk<T>>(v, x + parts.head + i * kChunk<T>);
-    total.add(v);
-  }
-  for (int64_t i = parts.tail + threadIdx.x; i < vocab; i += kOpThreads) add_one(i);
-
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    MaxSum other;
-    other.max = __shfl_down_sync(0xffffffffu, total.max, lanes);
-    other.sum = __shfl_down_sync(0xffffffffu, total.sum, lanes);
-    total.merge(other);
-  }
-  __shared__ float maxima[kOpThreads / 32], sums[kOpThreads / 32];
-  if (lane_id() == 0) {
-    maxima[warp_id()] = total.max;
-    sums[warp_id()] = total.sum;
-  }
-  __syncthreads();
+  const float result = row_lse<T, kOpThreads>(x, vocab);
   if (threadIdx.x != 0) return;
-  for (int i = 1; i < kOpThreads / 32; ++i) {
-    MaxSum other;
-    other.max = maxima[i];
-    other.sum = sums[i];
-    total.merge(other);
-  }
-  const float result = total.max + logf(total.sum);
   const uint32_t label = labels[row];
   lse[row] = result;
   losses[row] = label < vocab ? result - to_float(x[label]) : NAN;
@@ -114,31 +158,25 @@ __global__ void __launch_bounds__(kOpThreads)
     cross_entropy_bwd_kernel(const T* __restrict__ logits, const uint32_t* __restrict__ labels,
                              const float* __restrict__ lse, const float* __restrict__ grad,
                              T* __restrict__ d_logits, int64_t rows, int64_t vocab) {
+  const int64_t row = blockIdx.x;
+  write_derivatives<T, kOpThreads, kChunks>(logits + row * vocab, d_logits + row * vocab,
+                                            labels[row], lse[row], *grad / rows, vocab);
+}
+
+// So many that the few rows a multiprocessor works on stay in its L1 cache for the second pass.
+constexpr int kInPlaceThreads = 1024;
+
+template <class T>
+__global__ void __launch_bounds__(kInPlaceThreads)
+    cross_entropy_in_place_kernel(T* logits, const uint32_t* __restrict__ labels,
+                                  float* __restrict__ losses, int64_t vocab) {
   const int64_t row = blockIdx.x, label = labels[row];
-  const T* x = logits + row * vocab;
-  T* d = d_logits + row * vocab;
-  const float row_lse = lse[row], scale = *grad / rows;
-  auto derivative = [&](int64_t i, float logit) {
-    const float p = exp2_approx((logit - row_lse) * kLog2e);
-    return (i == label ? p - 1.0f : p) * scale;
-  };
-  auto write_one = [&](int64_t i) { d[i] = from_float<T>(derivative(i, to_float(x[i]))); };
-  if constexpr (kChunks) {
-    const RowParts<T> parts(x, vocab);
-    for (int64_t i = threadIdx.x; i < parts.head; i += kOpThreads) write_one(i);
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < parts.chunks; i += kOpThreads) {
-      const int64_t first = parts.head + i * kChunk<T>;
-      float v[kChunk<T>];
-      load_vec<T, kChunk<T>>(v, x + first);
-#pragma unroll
-      for (int j = 0; j < kChunk<T>; ++j) v[j] = derivative(first + j, v[j]);
-      store_vec<T, kChunk<T>>(d + first, v);
-    }
-    for (int64_t i = parts.tail + threadIdx.x; i < vocab; i += kOpThreads) write_one(i);
-  } else {
-    for (int64_t i = threadIdx.x; i < vocab; i += kOpThreads) write_one(i);
-  }
+  T* x = logits + row * vocab;
+  // Read before the barrier in row_lse, after which threads begin to write.
+  const float logit = label < vocab ? to_float(x[label]) : NAN;
+  const float lse = row_lse<T, kInPlaceThreads>(x, vocab);
+  if (threadIdx.x == 0) losses[row] = lse - logit;
+  write_derivatives<T, kInPlaceThreads, true>(x, x, label, lse, 1.0f, vocab);
 }
 
 }  // namespace attn
@@ -165,5 +203,15 @@ int op_cross_entropy_bwd(int32_t dtype, const void* logits, const uint32_t* labe
     return launch(chunks ? cross_entropy_bwd_kernel<T, true> : cross_entropy_bwd_kernel<T, false>,
                   rows, kOpThreads, 0, stream, static_cast<const T*>(logits), labels, lse, grad,
                   static_cast<T*>(d_logits), rows, vocab);
+  });
+}
+
+int op_cross_entropy_in_place(int32_t dtype, void* logits, const uint32_t* labels, float* losses,
+                              int64_t rows, int64_t vocab, void* stream) {
+  using namespace attn;
+  if (rows < 1 || vocab < 1) return ATTN_ERR_SIZE;
+  return for_element(dtype, [&]<class T>() {
+    return launch(cross_entropy_in_place_kernel<T>, rows, kInPlaceThreads, 0, stream,
+                  static_cast<T*>(logits), labels, losses, vocab);
   });
 }

@@ -99,6 +99,10 @@ int op_cross_entropy_bwd(int32_t dtype, const void* logits, const uint32_t* labe
                          const float* lse, const float* grad, void* d_logits, int64_t rows,
                          int64_t vocab, void* stream);
 
+// losses: f32 [rows]. The logits become the gradient of their sum.
+int op_cross_entropy_in_place(int32_t dtype, void* logits, const uint32_t* labels, float* losses,
+                              int64_t rows, int64_t vocab, void* stream);
+
 // params->o is params->q with every row turned by its position in its sequence, or turned back if
 // `inverse`. Reads the RoPE tables, sizes, strides and cu_seqlens of params; the rest may be zero.
 int op_rope(const AttnParams* params, int32_t inverse);

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::ops::{
-    AdamW, Parameter, cross_entropy, dropout, embedding, gelu, global_norm, layer_norm, linear,
+    AdamW, Gradients, Parameter, Tape, cross_entropy, dropout, embedding, gelu, global_norm,
+    layer_norm, linear, linear_cross_entropy,
 };
 
 const TOKENS: usize = 32_768;
@@ -102,6 +103,29 @@ impl Bench {
         })
     }
 
+    /// A tied decoder and its loss on a tape, as two operations and as one.
+    fn decoder(&self) -> Result<()> {
+        let vocab = VOCAB.next_multiple_of(64);
+        let x = self.var(&[LABELS, WIDTH], DType::BF16)?;
+        let (weight, bias) = (
+            self.var(&[vocab, WIDTH], DType::BF16)?,
+            self.var(&[vocab], DType::BF16)?,
+        );
+        let labels = self.indices(LABELS, vocab)?;
+        let train = |loss: &dyn Fn() -> Result<Tensor>| {
+            self.time(|| {
+                let (loss, tape) = Tape::record(loss)?;
+                let mut gradients = Gradients::default();
+                tape.backward(&loss, 1.0, &mut gradients)?;
+                Ok(gradients)
+            })
+        };
+        let two = train(&|| cross_entropy(&linear(&x, &weight, Some(&bias))?, &labels))?;
+        let one = train(&|| linear_cross_entropy(&x, &weight, Some(&bias), &labels))?;
+        println!("decoder and loss {two:9.3} ms, fused {one:9.3} ms with backward");
+        Ok(())
+    }
+
     /// 110M parameters in 200 tensors.
     fn optimizer(&self) -> Result<()> {
         let mut parameters = Vec::new();
@@ -142,6 +166,7 @@ fn main() -> Result<()> {
         Ok(device) => {
             let bench = Bench { device };
             bench.differentiable()?;
+            bench.decoder()?;
             bench.optimizer()
         }
         Err(error) => {

@@ -101,11 +101,13 @@ impl Tape {
         if !self.nodes.iter().any(|node| node.output == loss.id()) {
             bail!("backward: the loss does not come from the recorded function")
         }
-        self.propagate(
-            loss,
-            (loss.ones_like()?.detach() * scale)?.into(),
-            gradients,
-        )
+        let seed = (loss.ones_like()?.detach() * scale)?;
+        let number = Some(scale);
+        let grad = Gradient {
+            number,
+            ..seed.into()
+        };
+        self.propagate(loss, grad, gradients)
     }
 
     /// Goes back from an output of the recorded function whose gradient is known.
@@ -160,12 +162,28 @@ pub(crate) struct Gradient {
     /// Sums over all axes but the last, f32, where the operation that made it had them at hand: they
     /// are the gradient of a bias.
     pub column_sum: Option<Tensor>,
+    /// The value of a scalar, where it is known without waiting for a device.
+    pub number: Option<f64>,
+}
+
+impl Gradient {
+    /// The gradient of an input, from what it is where this one, a scalar, is 1.
+    pub fn scale(&self, grad: Tensor) -> Result<Tensor> {
+        match self.number {
+            Some(1.0) => Ok(grad),
+            Some(number) => grad * number,
+            None => grad.broadcast_mul(&self.value),
+        }
+    }
 }
 
 impl From<Tensor> for Gradient {
     fn from(value: Tensor) -> Self {
-        let column_sum = None;
-        Self { value, column_sum }
+        Self {
+            value,
+            column_sum: None,
+            number: None,
+        }
     }
 }
 
@@ -228,7 +246,7 @@ pub fn checkpoint<E: Display + From<Error>>(
     }
     // What Candle computed last is no variable to it yet.
     if !y.is_variable() {
-        y = Var::from_tensor(&y.detach())?.into_inner();
+        y = variable(&y)?;
     }
     let x = x.clone();
     push("checkpoint", &y, move |grad, gradients| {
@@ -265,6 +283,11 @@ pub(crate) fn records(inputs: &[&Tensor]) -> bool {
 /// has a gradient.
 pub(crate) fn output(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, BackpropOp::none(), true)
+}
+
+/// As [`output`], of what Candle computed.
+pub(crate) fn variable(y: &Tensor) -> Result<Tensor> {
+    Ok(Var::from_tensor(&y.detach())?.into_inner())
 }
 
 /// Records how the gradient of an [`output`] gives others.

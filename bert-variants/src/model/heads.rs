@@ -69,6 +69,11 @@ impl Head {
     }
 
     fn forward(&self, x: &Tensor, dropout: PassDropout) -> Result<Tensor> {
+        self.output.forward(&self.transform(x, dropout)?)
+    }
+
+    /// What the last layer takes.
+    fn transform(&self, x: &Tensor, dropout: PassDropout) -> Result<Tensor> {
         let mut x = x.clone();
         if let Some(transform) = &self.transform {
             if transform.dropout_before {
@@ -76,8 +81,7 @@ impl Head {
             }
             x = transform.forward(&x)?;
         }
-        self.output
-            .forward(&dropout.forward(x, self.dropout, "head", 0)?)
+        dropout.forward(x, self.dropout, "head", 0)
     }
 }
 
@@ -157,9 +161,8 @@ impl LanguageModel {
         positions: &[u32],
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
-        let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
-        self.head.forward(&rows, PassDropout { seed: dropout_seed })
+        let x = self.decoder_input(tokens, positions, dropout_seed)?;
+        self.head.output.forward(&x)
     }
 
     /// Mean cross-entropy in nats over the labels of a batch, a scalar.
@@ -167,8 +170,8 @@ impl LanguageModel {
     /// # Errors
     /// As [`LanguageModel::logits`], and when the batch has no labels.
     pub fn loss(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let (logits, labels) = self.predict(batch, dropout_seed)?;
-        Ok(cross_entropy(&logits, &labels)?)
+        let (x, labels) = self.decoder_input_and_labels(batch, dropout_seed)?;
+        self.head.output.cross_entropy(&x, &labels)
     }
 
     /// Loss and accuracy over all labels of `batches`, without dropout.
@@ -179,7 +182,8 @@ impl LanguageModel {
         let (mut loss, mut right) = (0.0, 0.0);
         let (mut tokens, mut labels) = (0, 0);
         for batch in batches {
-            let (logits, expected) = self.predict(batch, None)?;
+            let (x, expected) = self.decoder_input_and_labels(batch, None)?;
+            let logits = self.head.output.forward(&x)?;
             let count = batch.labels.len();
             let mean: f32 = cross_entropy(&logits, &expected)?.to_scalar()?;
             loss += f64::from(mean) * count as f64;
@@ -202,8 +206,25 @@ impl LanguageModel {
         })
     }
 
-    /// Logits and labels at the label positions of a batch.
-    fn predict(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<(Tensor, Tensor)> {
+    /// What the decoder takes at the given tokens.
+    fn decoder_input(
+        &self,
+        tokens: &Tokens,
+        positions: &[u32],
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
+        self.head
+            .transform(&rows, PassDropout { seed: dropout_seed })
+    }
+
+    /// What the decoder takes, and labels, at the label positions of a batch.
+    fn decoder_input_and_labels(
+        &self,
+        batch: &Batch,
+        dropout_seed: Option<u64>,
+    ) -> Result<(Tensor, Tensor)> {
         ensure!(
             !batch.labels.is_empty(),
             "the batch has no labels: no token was masked; raise the mask rate or the batch size"
@@ -214,9 +235,9 @@ impl LanguageModel {
             self.encoder.config().vocab_size,
             "vocab_size",
         )?;
-        let logits = self.logits(&batch.into(), &batch.label_positions, dropout_seed)?;
-        let labels = column(&batch.labels, &logits)?;
-        Ok((logits, labels))
+        let x = self.decoder_input(&batch.into(), &batch.label_positions, dropout_seed)?;
+        let labels = column(&batch.labels, &x)?;
+        Ok((x, labels))
     }
 }
 

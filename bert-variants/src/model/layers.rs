@@ -57,6 +57,17 @@ impl Linear {
         Ok(ops::linear(x, &weight, bias.as_ref())?)
     }
 
+    /// Mean cross-entropy of `forward(x)`, which in training never exists as a whole.
+    pub fn cross_entropy(&self, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = self.cast(x.dtype())?;
+        Ok(ops::linear_cross_entropy(
+            x,
+            &weight,
+            bias.as_ref(),
+            labels,
+        )?)
+    }
+
     /// `residual + dropout(forward(x))`.
     pub fn forward_add(
         &self,

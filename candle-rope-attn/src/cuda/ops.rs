@@ -435,6 +435,28 @@ pub(crate) fn cross_entropy_backward(
     Ok((d_logits, logits.1.shape().clone()))
 }
 
+/// The losses of the rows, f32 `[rows]`; the logits become the gradient of their sum.
+pub(crate) fn cross_entropy_in_place(
+    logits: &mut CudaStorage,
+    labels: Input,
+    vocab: usize,
+) -> Result<Tensor> {
+    let rows = labels.1.shape().elem_count();
+    let (device, dtype) = (logits.device().clone(), logits.dtype());
+    let mut losses = alloc_storage(&device, DType::F32, rows)?;
+    let what = || format!("cross_entropy and backward of [{rows}, {vocab}] {dtype:?}");
+    launch!(device, what, p => ffi::op_cross_entropy_in_place(
+        dtype_code(dtype),
+        p.write_storage(logits)?,
+        input(&mut p, labels)?.cast(),
+        p.write_storage(&mut losses)?.cast(),
+        rows as i64,
+        vocab as i64,
+        p.stream(),
+    ))?;
+    Ok(tensor(losses, rows))
+}
+
 /// Tensors whose storage is locked for the time of a launch.
 struct LockedTensors<'a>(Vec<Locked<'a>>);
 

@@ -224,6 +224,15 @@ unsafe extern "C" {
         vocab: i64,
         stream: *mut c_void,
     ) -> c_int;
+    pub(crate) fn op_cross_entropy_in_place(
+        dtype: i32,
+        logits: *mut c_void,
+        labels: *const u32,
+        losses: *mut f32,
+        rows: i64,
+        vocab: i64,
+        stream: *mut c_void,
+    ) -> c_int;
     pub(crate) fn op_gemm_rope_suits(params: *const AttnParams, inner: i64) -> c_int;
     pub(crate) fn op_gemm_rope(
         params: *const AttnParams,

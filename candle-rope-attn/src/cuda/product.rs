@@ -86,6 +86,7 @@ pub(crate) fn product(product: &Product) -> Result<CudaStorage> {
         alignment: addresses.map(alignment).min().unwrap_or(1),
     };
     let call = Call {
+        scale: product.scale,
         left,
         right,
         bias,
@@ -113,8 +114,9 @@ fn alignment(address: *const c_void) -> usize {
     1 << (address as usize | 256).trailing_zeros()
 }
 
-/// Addresses of one product.
+/// Factor and addresses of one product.
 struct Call {
+    scale: f32,
     left: *const c_void,
     right: *const c_void,
     bias: Option<*const c_void>,
@@ -226,7 +228,7 @@ impl Plan {
             result::matmul(
                 handle(device),
                 self.description.0,
-                (&raw const one).cast(),
+                (&raw const call.scale).cast(),
                 std::ptr::from_ref(beta).cast(),
                 call.right,
                 self.right.0,

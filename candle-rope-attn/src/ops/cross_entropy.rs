@@ -3,8 +3,8 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
-use candle_core::{WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape};
+use candle_core::{Storage, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 use super::Saved;
@@ -12,6 +12,7 @@ use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element,
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::operand::{Locked, Operand};
 use crate::tape;
 
 /// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
@@ -45,6 +46,17 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     tape::apply2(op, &logits.contiguous()?, &labels.contiguous()?)
 }
 
+/// On the CPU, where they can be read without waiting.
+pub(super) fn check_labels(labels: &[u32], vocab: usize) -> Result<()> {
+    match labels.iter().position(|label| *label as usize >= vocab) {
+        Some(row) => bail!(
+            "cross_entropy: got label {} in row {row}, but logits has {vocab} columns",
+            labels[row]
+        ),
+        None => Ok(()),
+    }
+}
+
 struct CrossEntropy {
     /// Log-sum-exp of every row, f32 `[n]`, for the backward pass.
     lse: Saved,
@@ -70,12 +82,7 @@ impl CustomOp2 for CrossEntropy {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, vocab) = logits_layout.shape().dims2()?;
         let labels = values::<u32>(labels, labels_layout)?;
-        if let Some(row) = labels.iter().position(|label| *label as usize >= vocab) {
-            bail!(
-                "cross_entropy: got label {} in row {row}, but logits has {vocab} columns",
-                labels[row]
-            )
-        }
+        check_labels(labels, vocab)?;
         let (lse, losses): (Vec<_>, Vec<_>) = with_element!(logits.dtype(), T => {
             let logits = values::<T>(logits, logits_layout)?.par_chunks(vocab).zip(labels);
             let row = |(logits, label): (&[T], &u32)| {
@@ -184,4 +191,46 @@ impl CustomOp3 for CrossEntropyBackward<'_> {
         let (labels, grad) = ((labels, labels_layout), (grad, grad_layout));
         cuda::cross_entropy_backward((logits, logits_layout), labels, grad, self.lse)
     }
+}
+
+/// The loss of every row, f32 `[rows]`, outside of any graph. The logits `[rows, vocab]` become the
+/// gradient of the sum of the losses. On the CPU logits are f32, and labels checked before.
+pub(super) fn cross_entropy_in_place(
+    logits: &mut Storage,
+    labels: &Tensor,
+    vocab: usize,
+) -> Result<Tensor> {
+    let labels = Locked::new(labels);
+    match (logits, labels.operand()?) {
+        (Storage::Cpu(CpuStorage::F32(logits)), Operand::Cpu(labels, layout)) => {
+            let labels = values::<u32>(labels, layout)?;
+            let row = |(row, label): (&mut [f32], &u32)| {
+                vectorized(
+                    #[inline(always)]
+                    || in_place_row(row, *label as usize),
+                )
+            };
+            let losses = logits.par_chunks_mut(vocab).zip(labels).map(row);
+            Tensor::from_vec(losses.collect::<Vec<f32>>(), labels.len(), &Device::Cpu)
+        }
+        #[cfg(feature = "cuda")]
+        (Storage::Cuda(logits), labels) => {
+            cuda::cross_entropy_in_place(logits, labels.cuda()?, vocab)
+        }
+        (logits, labels) => bail!(
+            "cross_entropy: got {:?} logits on {:?} and labels {:?}, expected them on one device",
+            logits.dtype(),
+            logits.device().location(),
+            labels.layout().dims()
+        ),
+    }
+}
+
+#[inline(always)]
+fn in_place_row(row: &mut [f32], label: usize) -> f32 {
+    let lse = log_sum_exp(row);
+    let loss = lse - row[label];
+    row.iter_mut().for_each(|x| *x = exp(*x - lse));
+    row[label] -= 1.0;
+    loss
 }

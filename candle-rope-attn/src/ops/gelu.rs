@@ -137,8 +137,8 @@ pub(super) fn gelu_linear_backward(
 #[cfg(feature = "cuda")]
 fn on_cuda((y, dx, sums): (CudaStorage, CudaStorage, Tensor), x: &Tensor) -> (Tensor, Gradient) {
     let dx = Gradient {
-        value: plain(Storage::Cuda(dx), x.shape()),
         column_sum: Some(sums),
+        ..plain(Storage::Cuda(dx), x.shape()).into()
     };
     (plain(Storage::Cuda(y), x.shape()), dx)
 }

@@ -103,7 +103,10 @@ impl LayerNorm {
         let value = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &backward)?;
         let sums = backward.sums.get()?;
         let column_sum = Some(sums.i(2)?);
-        let dx = Gradient { value, column_sum };
+        let dx = Gradient {
+            column_sum,
+            ..value.into()
+        };
         Ok(([sums.i(0)?, sums.i(1)?], dx))
     }
 }

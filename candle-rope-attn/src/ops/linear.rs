@@ -99,15 +99,15 @@ enum Input {
 }
 
 /// The contiguous tensors of one call.
-struct Linear {
-    x: Tensor,
-    weight: Tensor,
-    bias: Option<Tensor>,
+pub(super) struct Linear {
+    pub x: Tensor,
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
     residual: Option<Tensor>,
 }
 
 impl Linear {
-    fn new(
+    pub fn new(
         x: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
@@ -143,7 +143,7 @@ impl Linear {
         })
     }
 
-    fn inputs(&self) -> impl Iterator<Item = &Tensor> {
+    pub fn inputs(&self) -> impl Iterator<Item = &Tensor> {
         let optional = self.bias.iter().chain(&self.residual);
         [&self.x, &self.weight].into_iter().chain(optional)
     }
@@ -210,7 +210,7 @@ impl Linear {
         Ok(found.map(|qkv| self.output(Storage::Cuda(qkv), false)))
     }
 
-    fn records(&self) -> bool {
+    pub fn records(&self) -> bool {
         tape::records(&self.inputs().collect::<Vec<_>>())
     }
 
@@ -236,7 +236,7 @@ impl Linear {
         y
     }
 
-    fn in_f32(&self) -> Result<Self> {
+    pub fn in_f32(&self) -> Result<Self> {
         let convert = |x: &Tensor| cast(x, DType::F32);
         Ok(Self {
             x: convert(&self.x)?,
@@ -280,7 +280,9 @@ impl Linear {
         let (rows, inputs) = rows_and_columns(self.x.dims());
         let outputs = self.weight.dim(0)?;
         let (weight, x) = (self.weight.detach(), self.x.detach());
-        let Gradient { value, column_sum } = grad;
+        let Gradient {
+            value, column_sum, ..
+        } = grad;
         let grad = value.contiguous()?.reshape((rows, outputs))?;
         if let Some(residual) = &self.residual {
             gradients.add(residual, grad.reshape(residual.shape())?)?;
@@ -319,7 +321,7 @@ fn contiguous(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `x weight^T + bias + residual`.
-fn dense(
+pub(super) fn dense(
     x: Operand,
     weight: Operand,
     bias: Option<Operand>,
@@ -330,6 +332,7 @@ fn dense(
         transposed,
     };
     Product {
+        scale: 1.0,
         left: matrix(x, false),
         right: matrix(weight, true),
         bias,
@@ -500,7 +503,7 @@ impl CustomOp3 for GraphOp {
 }
 
 /// Sum over all axes but the last, in f32.
-struct ColumnSum;
+pub(super) struct ColumnSum;
 
 impl CustomOp1 for ColumnSum {
     fn name(&self) -> &'static str {

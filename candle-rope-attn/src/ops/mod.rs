@@ -14,6 +14,7 @@ mod gelu;
 mod global_norm;
 mod layer_norm;
 mod linear;
+mod linear_cross_entropy;
 pub(crate) mod product;
 mod rope;
 
@@ -33,6 +34,7 @@ pub use layer_norm::layer_norm;
 #[cfg(feature = "cuda")]
 pub(crate) use linear::linear_rotated;
 pub use linear::{gelu_linear_add, linear, linear_add, mlp_add};
+pub use linear_cross_entropy::linear_cross_entropy;
 pub use rope::rope;
 
 pub use crate::profile::{Part, Profile};

@@ -33,8 +33,9 @@ pub(crate) fn rows_and_columns(dims: &[usize]) -> (usize, usize) {
     }
 }
 
-/// `left right + bias + add`, products summed in f32 and rounded to `dtype` at the end.
+/// `scale * left right + bias + add`, products summed in f32 and rounded to `dtype` at the end.
 pub(crate) struct Product<'a> {
+    pub scale: f32,
     pub left: Matrix<'a>,
     pub right: Matrix<'a>,
     /// A row `[columns]`, in the dtype of the result.
@@ -114,7 +115,7 @@ impl Product<'_> {
                 right_column,
                 right_row,
                 1.0,
-                1.0,
+                self.scale,
                 false,
                 false,
                 false,
@@ -132,6 +133,17 @@ fn f32s(operand: Operand<'_>) -> Result<&[f32]> {
 
 /// `left right + add` of contiguous tensors, in `dtype`.
 pub(super) fn product(
+    matrices: [&Tensor; 2],
+    transposed: [bool; 2],
+    add: Option<&Tensor>,
+    dtype: DType,
+) -> Result<Tensor> {
+    scaled_product(1.0, matrices, transposed, add, dtype)
+}
+
+/// `scale * left right + add` of contiguous tensors, in `dtype`.
+pub(super) fn scaled_product(
+    scale: f32,
     [left, right]: [&Tensor; 2],
     transposed: [bool; 2],
     add: Option<&Tensor>,
@@ -150,6 +162,7 @@ pub(super) fn product(
     }
     let locked = (Locked::new(left), Locked::new(right), add.map(Locked::new));
     let product = Product {
+        scale,
         left: Matrix {
             operand: locked.0.operand()?,
             transposed: transposed[0],

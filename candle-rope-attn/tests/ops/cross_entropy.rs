@@ -14,7 +14,7 @@ device_tests!(
     labels_out_of_range
 );
 
-fn reference(inputs: &[Vec<f64>], grad: &[f64], labels: &[u32]) -> Reference {
+pub fn reference(inputs: &[Vec<f64>], grad: &[f64], labels: &[u32]) -> Reference {
     let rows = labels.len();
     let vocab = inputs[0].len() / rows;
     let mut loss = 0.0;

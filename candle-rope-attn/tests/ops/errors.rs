@@ -3,8 +3,8 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_rope_attn::ops::{
-    AdamW, AdamWState, Parameter, cross_entropy, dropout, embedding, gather_rows, gelu,
-    global_norm, layer_norm, linear,
+    AdamW, AdamWState, Parameter, Tape, cross_entropy, dropout, embedding, gather_rows, gelu,
+    global_norm, layer_norm, linear, linear_cross_entropy,
 };
 
 fn assert_error<T>(result: candle_core::Result<T>, parts: &[&str]) {
@@ -107,6 +107,26 @@ fn values() -> Result<()> {
         assert_error(dropout(&f32s(&[2]), p, 0), &["dropout", "[0, 1)"]);
     }
     assert_error(global_norm(&[]), &["global_norm", "no tensors"]);
+    Ok(())
+}
+
+/// On the tape; elsewhere it is made of two operations.
+#[test]
+fn linear_cross_entropy_on_a_tape() -> Result<()> {
+    let on_tape = |x: &[usize], labels: &Tensor| {
+        let x = Var::from_tensor(&f32s(x))?;
+        Tape::record(|| linear_cross_entropy(&x, &f32s(&[9, 3]), None, labels))
+    };
+    let ids = Tensor::new(&[1u32, 9], &Device::Cpu)?;
+    assert_error(on_tape(&[2, 3], &ids), &["label 9", "row 1", "9 columns"]);
+    assert_error(on_tape(&[2, 4], &ids), &["weight", "[9, 3]", "[9, 4]"]);
+    assert_error(
+        on_tape(&[4, 3], &ids),
+        &["linear_cross_entropy", "labels", "[2]", "[4]"],
+    );
+    assert_error(on_tape(&[0, 3], &ids), &["[0, 3]", "[n, in]"]);
+    assert_error(on_tape(&[2, 1, 3], &ids), &["[2, 1, 3]", "[n, in]"]);
+    assert_error(on_tape(&[2, 3], &f32s(&[2])), &["labels", "F32", "U32"]);
     Ok(())
 }
 

@@ -18,7 +18,7 @@ device_tests!(
 );
 
 /// x, weight and, if there are three inputs, bias.
-fn reference(inputs: &[Vec<f64>], grad: &[f64], features: usize) -> Reference {
+pub fn reference(inputs: &[Vec<f64>], grad: &[f64], features: usize) -> Reference {
     let (x, weight) = (&inputs[0], &inputs[1]);
     let outputs = weight.len() / features;
     let rows = x.len() / features;

@@ -10,6 +10,7 @@ mod gelu;
 mod global_norm;
 mod layer_norm;
 mod linear;
+mod linear_cross_entropy;
 mod projected;
 mod rope;
 mod tape;
