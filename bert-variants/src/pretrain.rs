@@ -114,7 +114,7 @@ pub struct ModelSize {
     /// Width of the MLP [default: 4 times --hidden-size, or with a gate 8/3]
     #[arg(long)]
     pub intermediate_size: Option<usize>,
-    /// Longest input, in tokens [default: --seq-len]
+    /// Longest input, in tokens [default: that of the longest sequence]
     #[arg(long)]
     pub max_position_embeddings: Option<usize>,
     /// Standard deviation of the initial weights. Narrow models that sum up learned positions leave
@@ -137,6 +137,43 @@ impl Default for ModelSize {
             initializer_range: 0.02,
             hidden_dropout_prob: 0.0,
         }
+    }
+}
+
+impl ModelSize {
+    /// A language model of this size for sequences of `seq_len` tokens.
+    ///
+    /// # Errors
+    /// Names the size that is wrong, with what is expected.
+    pub fn config(
+        &self,
+        variant: ModelType,
+        objective: Objective,
+        vocab_size: usize,
+        seq_len: usize,
+    ) -> Result<BertConfig> {
+        let mut config = BertConfig::new(
+            variant,
+            // Rows for no token, so that the products with the logits are aligned.
+            vocab_size.next_multiple_of(8),
+            self.num_hidden_layers,
+            self.hidden_size,
+            self.num_attention_heads,
+            self.max_position_embeddings.unwrap_or(seq_len),
+        )
+        .with_decoder(objective == Objective::Clm);
+        if let Some(intermediate_size) = self.intermediate_size {
+            config.intermediate_size = intermediate_size;
+        }
+        config.initializer_range = self.initializer_range;
+        config.dropout = Dropouts::of_hidden(self.hidden_dropout_prob);
+        config.validate()?;
+        ensure!(
+            config.max_position_embeddings >= seq_len,
+            "max_position_embeddings {} is less than seq_len {seq_len}",
+            config.max_position_embeddings,
+        );
+        Ok(config)
     }
 }
 
@@ -258,30 +295,9 @@ pub fn pretrain(
 
 impl PretrainConfig {
     fn model_config(&self, id: &RunId, vocab_size: usize) -> Result<BertConfig> {
-        let size = &self.model;
-        let mut config = BertConfig::new(
-            id.variant,
-            // Rows for no token, so that the products with the logits are aligned.
-            vocab_size.next_multiple_of(8),
-            size.num_hidden_layers,
-            size.hidden_size,
-            size.num_attention_heads,
-            size.max_position_embeddings.unwrap_or(self.batch.seq_len),
-        )
-        .with_decoder(id.objective == Objective::Clm);
-        if let Some(intermediate_size) = size.intermediate_size {
-            config.intermediate_size = intermediate_size;
-        }
-        config.initializer_range = size.initializer_range;
-        config.dropout = Dropouts::of_hidden(size.hidden_dropout_prob);
-        config.validate()?;
-        ensure!(
-            config.max_position_embeddings >= self.batch.seq_len,
-            "max_position_embeddings {} is less than seq_len {}",
-            config.max_position_embeddings,
-            self.batch.seq_len
-        );
-        Ok(config)
+        let seq_len = self.batch.seq_len;
+        self.model
+            .config(id.variant, id.objective, vocab_size, seq_len)
     }
 
     fn batch_config(&self, id: &RunId) -> BatchConfig {
@@ -466,7 +482,7 @@ fn code_version() -> String {
 }
 
 /// For the records of a run.
-fn device_name(device: &Device) -> Result<String> {
+pub(crate) fn device_name(device: &Device) -> Result<String> {
     let gpu = candle_rope_attn::cuda_device_name(device)?;
     Ok(gpu.unwrap_or_else(|| format!("cpu, {} threads", rayon::current_num_threads())))
 }

@@ -1,5 +1,7 @@
 //! The training loop.
 
+mod learner;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Profile, Tape, global_norm};
+use candle_rope_attn::ops::{AdamW, Parameter, Profile, global_norm};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::checkpoint::{self, ModelCard};
 use crate::config::BertConfig;
@@ -24,6 +25,8 @@ use crate::record::{
 };
 use crate::schedule::{Decay, Schedule};
 use crate::tokenizer::Tokenizer;
+
+pub use learner::{Learner, Update};
 
 /// Name of the checkpoint inside a run's folder.
 pub const CHECKPOINT_DIR: &str = "checkpoint";
@@ -222,11 +225,8 @@ pub struct Trainer {
     checkpoint: PathBuf,
     config: TrainConfig,
     model_config: BertConfig,
-    seed: u64,
     tokenizer: Tokenizer,
-    parameters: Parameters,
-    model: LanguageModel,
-    optimizer: AdamW,
+    learner: Learner,
     writer: RunWriter,
     progress: Progress,
     card: ModelCard,
@@ -292,11 +292,14 @@ impl Trainer {
                 Progress::default(),
             )
         };
-        let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?
-            .with_checkpointing(config.gradient_checkpointing);
-        let mut optimizer = config.optimizer(&parameters)?;
+        let mut learner = Learner::new(config, model_config, parameters, seed)?;
         if found {
-            checkpoint::read_optimizer(&checkpoint, &parameters, &mut optimizer, &progress)?;
+            let Learner {
+                parameters,
+                optimizer,
+                ..
+            } = &mut learner;
+            checkpoint::read_optimizer(&checkpoint, parameters, optimizer, &progress)?;
         }
         let writer = if resume {
             RunWriter::resume(dir, found.then_some(progress.step), header)?
@@ -304,15 +307,12 @@ impl Trainer {
             RunWriter::create(dir, header)?
         };
         Ok(Self {
-            model,
             clock: Stopwatch::new(progress.seconds),
             checkpoint,
             config: config.clone(),
             model_config: model_config.clone(),
-            seed,
             tokenizer,
-            parameters,
-            optimizer,
+            learner,
             writer,
             progress,
             card: ModelCard {
@@ -339,7 +339,7 @@ impl Trainer {
     pub fn train(&mut self, data: &RunData, stop: &AtomicBool) -> Result<Outcome> {
         let passes = self.config.gradient_accumulation;
         let schedule = self.config.schedule();
-        let device = self.parameters.device().clone();
+        let device = self.learner.parameters.device().clone();
         let bar = progress_bar(&self.config, self.progress.step);
         if self.progress.step == 0 {
             self.evaluate(&data.eval, &bar)?;
@@ -351,17 +351,11 @@ impl Trainer {
             let meter = PeakMeter::start(&device)?;
             let profile = self.start_profile()?;
             self.window.lr = schedule.lr(self.progress.step);
-            let (loss, gradients) = self.gradients(&batches).map_err(explain_out_of_memory)?;
-            let norm = global_norm(&gradients)?;
-            self.optimizer.step(
-                &gradients,
-                self.window.lr,
-                &norm,
-                Some(self.config.max_grad_norm),
-            )?;
+            let (step, lr) = (self.progress.step, self.window.lr);
+            let update = self.learner.step(&batches, step, lr)?;
             self.finish_profile(profile, &bar)?;
-            self.count_step(&batches, loss, norm, meter.peak_bytes()?);
-            self.check_finite(&gradients)?;
+            self.count_step(&batches, &update, meter.peak_bytes()?);
+            self.check_finite(&update)?;
 
             bar.set_position(self.progress.step);
             let stopped = stop.load(Ordering::Relaxed);
@@ -390,28 +384,11 @@ impl Trainer {
         Ok(Outcome::Finished)
     }
 
-    /// Mean loss over all labels of the batches, and its gradient for every parameter.
-    fn gradients(&self, batches: &[Batch]) -> Result<(Tensor, Vec<Tensor>)> {
-        let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
-        let mut gradients = Gradients::default();
-        let mut losses = Vec::with_capacity(batches.len());
-        for (pass, batch) in (0u64..).zip(batches) {
-            let place = [self.progress.step.to_le_bytes(), pass.to_le_bytes()].concat();
-            let dropout_seed = xxh3_64_with_seed(&place, self.seed);
-            let share = batch.labels.len() as f64 / labels as f64;
-            let (loss, tape) = Tape::record(|| self.model.loss(batch, Some(dropout_seed)))?;
-            tape.backward(&loss, share, &mut gradients)?;
-            losses.push((loss.detach() * share)?);
-        }
-        let gradients = self.parameters.gradients(&mut gradients)?;
-        Ok((Tensor::stack(&losses, 0)?.sum(0)?, gradients))
-    }
-
     fn start_profile(&mut self) -> Result<Option<Profile>> {
         let now = self.profile_in == Some(0);
         self.profile_in = self.profile_in.and_then(|steps| steps.checked_sub(1));
         Ok(match now {
-            true => Some(Profile::start(self.parameters.device())?),
+            true => Some(Profile::start(self.learner.parameters.device())?),
             false => None,
         })
     }
@@ -438,13 +415,13 @@ impl Trainer {
         Ok(())
     }
 
-    fn count_step(&mut self, batches: &[Batch], loss: Tensor, norm: Tensor, peak: u64) {
+    fn count_step(&mut self, batches: &[Batch], update: &Update, peak: u64) {
         let tokens = batches
             .iter()
             .map(|batch| batch.input_ids.len() as u64)
             .sum::<u64>();
-        self.window.losses.push(loss);
-        self.window.grad_norms.push(norm);
+        self.window.losses.push(update.loss.clone());
+        self.window.grad_norms.push(update.grad_norm.clone());
         self.window.tokens += tokens;
         self.progress.step += 1;
         self.progress.tokens += tokens;
@@ -453,20 +430,18 @@ impl Trainer {
 
     /// On the CPU, where reading a number is free. A GPU must be waited for: there, [`Self::log`]
     /// finds out. The optimizer skips an update whose norm is not finite in either case.
-    fn check_finite(&self, gradients: &[Tensor]) -> Result<()> {
-        let (Some(loss), Some(norm)) = (self.window.losses.last(), self.window.grad_norms.last())
-        else {
-            return Ok(());
-        };
-        if !loss.device().is_cpu() {
+    fn check_finite(&self, update: &Update) -> Result<()> {
+        if !update.loss.device().is_cpu() {
             return Ok(());
         }
-        let (loss, norm) = (loss.to_scalar::<f32>()?, norm.to_scalar::<f32>()?);
+        let loss = update.loss.to_scalar::<f32>()?;
+        let norm = update.grad_norm.to_scalar::<f32>()?;
         if loss.is_finite() && norm.is_finite() {
             return Ok(());
         }
         let mut bad = Vec::new();
-        for ((name, _), gradient) in self.parameters.trained().zip(gradients) {
+        let trained = self.learner.parameters.trained();
+        for ((name, _), gradient) in trained.zip(&update.gradients) {
             if !global_norm(std::slice::from_ref(gradient))?
                 .to_scalar::<f32>()?
                 .is_finite()
@@ -523,7 +498,7 @@ impl Trainer {
     /// The model without dropout.
     fn evaluation_model(&self) -> Result<LanguageModel> {
         let dtype = self.config.dtype.dtype();
-        LanguageModel::new(&self.model_config, &self.parameters, false, dtype)
+        LanguageModel::new(&self.model_config, &self.learner.parameters, false, dtype)
     }
 
     /// Writes loss and accuracy on held-out text.
@@ -593,9 +568,9 @@ impl Trainer {
         checkpoint::save_training(
             &self.checkpoint,
             &self.model_config,
-            &self.parameters,
+            &self.learner.parameters,
             &self.tokenizer,
-            &self.optimizer,
+            &self.learner.optimizer,
             &self.progress,
             &self.card,
         )?;
@@ -626,13 +601,6 @@ impl Trainer {
 /// Whether AdamW decays a parameter: not biases and LayerNorm, as in Devlin et al. 2018.
 pub(crate) fn decays(name: &str) -> bool {
     !name.ends_with(".bias") && !name.contains("LayerNorm")
-}
-
-fn explain_out_of_memory(error: anyhow::Error) -> anyhow::Error {
-    match error.downcast() {
-        Ok(error) => candle_rope_attn::explain_out_of_memory(error).into(),
-        Err(error) => error,
-    }
 }
 
 fn mean(values: &[f32]) -> f64 {
