@@ -7,7 +7,7 @@
 #                           also the portable ones
 #     sanitizer             compute-sanitizer's four tools over a short table of the same
 #     speed                 check_kernels.py --bench
-#     bench                 the Rust benchmarks
+#     benches               the Rust benchmarks
 #   run.sh PROGRAM ARGS...  a program of bin/, such as pretrain
 #
 # CUDA's libraries are taken from $CUDA_HOME or /usr/local/cuda. Exit code 1 if anything fails.
@@ -66,7 +66,7 @@ for part in "$@"; do
       ;;
     sanitizer) sanitizer ;;
     speed) run speed python3 "$here/check_kernels.py" "$here/libattn.so" --bench ;;
-    bench)
+    benches)
       for bench in "$here"/bench/*; do run "$(basename "$bench")" "$bench" --bench; done
       ;;
     *)

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod data;

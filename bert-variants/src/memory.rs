@@ -32,10 +32,20 @@ impl<'a> PeakMeter<'a> {
     /// # Errors
     /// When the GPU's driver does not answer.
     pub fn start(device: &'a Device) -> Result<Self> {
-        CudaMemory::reset_peak(device)?;
-        PeakAlloc.reset_peak_usage();
         let [start, _] = used_and_peak(device)?;
-        Ok(Self { device, start })
+        let meter = Self { device, start };
+        meter.forget_peak()?;
+        Ok(meter)
+    }
+
+    /// Measures the highest memory from now on, still beyond what was in use at the start.
+    ///
+    /// # Errors
+    /// When the GPU's driver does not answer.
+    pub fn forget_peak(&self) -> Result<()> {
+        CudaMemory::reset_peak(self.device)?;
+        PeakAlloc.reset_peak_usage();
+        Ok(())
     }
 
     /// Bytes.

@@ -26,6 +26,7 @@ use crate::record::{
 use crate::schedule::{Decay, Schedule};
 use crate::tokenizer::Tokenizer;
 
+pub(crate) use learner::explain_out_of_memory;
 pub use learner::{Learner, Update};
 
 /// Name of the checkpoint inside a run's folder.
