@@ -93,6 +93,16 @@ __global__ void __launch_bounds__(kOpThreads)
   uses[i] = static_cast<uint32_t>(i);
 }
 
+// No other thread adds to the same elements.
+template <class T, int W>
+__device__ __forceinline__ void add_to(T* to, float (&x)[W]) {
+  float before[W];
+  load_vec<T, W>(before, to);
+#pragma unroll
+  for (int j = 0; j < W; ++j) x[j] += before[j];
+  store_vec<T, W>(to, x);
+}
+
 template <class T, int W>
 __global__ void __launch_bounds__(kScatterThreads)
     add_window_kernel(const T* __restrict__ grad, T* __restrict__ d_table, const Scatter s,
@@ -122,7 +132,7 @@ __global__ void __launch_bounds__(kScatterThreads)
         if (from_before || goes_on) {
           store_f32<W>(s.slot(window, from_before ? 0 : 1) + column, sum);
         } else {
-          store_vec<T, W>(d_table + row * s.width + column, sum);
+          add_to<T, W>(d_table + row * s.width + column, sum);
         }
       }
       from_before = false;
@@ -169,7 +179,7 @@ __global__ void __launch_bounds__(kScatterThreads)
 #pragma unroll
     for (int j = 0; j < W; ++j) sum[j] += x[j];
   }
-  store_vec<T, W>(d_table + row * s.width + column, sum);
+  add_to<T, W>(d_table + row * s.width + column, sum);
 }
 
 // ---- Workspace ---------------------------------------------------------------------------------
@@ -250,7 +260,8 @@ int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t*
 }
 
 int op_scatter_rows(int32_t dtype, const void* grad, const uint32_t* rows, void* d_table,
-                    void* workspace, int64_t len, int64_t count, int64_t width, void* stream) {
+                    int32_t add, void* workspace, int64_t len, int64_t count, int64_t width,
+                    void* stream) {
   using namespace attn;
   if (count == 0 || width == 0) return ATTN_OK;
   ScatterWorkspace sizes;
@@ -265,8 +276,10 @@ int op_scatter_rows(int32_t dtype, const void* grad, const uint32_t* rows, void*
   void* temporary = part;
 
   return for_element(dtype, [&]<class T>() -> int {
-    ATTN_RETURN_IF(cudaMemsetAsync(d_table, 0, count * width * sizeof(T),
-                                   static_cast<cudaStream_t>(stream)));
+    if (!add) {
+      ATTN_RETURN_IF(cudaMemsetAsync(d_table, 0, count * width * sizeof(T),
+                                     static_cast<cudaStream_t>(stream)));
+    }
     if (len == 0) return ATTN_OK;
     const uint32_t end = static_cast<uint32_t>(count);
     ATTN_RETURN_IF(launch(number_uses_kernel, (len + kOpThreads - 1) / kOpThreads, kOpThreads, 0,

@@ -72,13 +72,14 @@ int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const v
                       int64_t rows, int64_t width, void* stream);
 
 // table: [count, width]; rows: [len]; y, grad: [len, width]. A row number from `count` on gives
-// NaN, and no gradient. d_table: [count, width], written in full. op_scatter_rows_workspace stores
-// the bytes of workspace that op_scatter_rows needs.
+// NaN, and no gradient. d_table: [count, width], added to with `add`, else written in full.
+// op_scatter_rows_workspace stores the bytes of workspace that op_scatter_rows needs.
 int op_gather_rows(int32_t dtype, const void* table, const uint32_t* rows, void* y, int64_t len,
                    int64_t count, int64_t width, void* stream);
 int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t* bytes);
 int op_scatter_rows(int32_t dtype, const void* grad, const uint32_t* rows, void* d_table,
-                    void* workspace, int64_t len, int64_t count, int64_t width, void* stream);
+                    int32_t add, void* workspace, int64_t len, int64_t count, int64_t width,
+                    void* stream);
 
 enum { OP_MAX_TABLES = 4 };
 typedef struct OpTable {

@@ -365,7 +365,30 @@ pub(crate) fn sum_rows(parts: &[(Input, Input)], len: usize, width: usize) -> Re
 
 /// The sum of the rows of a gradient at their numbers, in a table of `count` rows.
 pub(crate) fn scatter_rows(grad: Input, rows: Input, count: usize) -> Result<(CudaStorage, Shape)> {
-    let (len, width) = grad.1.shape().dims2()?;
+    let (_, width) = grad.1.shape().dims2()?;
+    let mut d_table = alloc_storage(grad.0.device(), grad.0.dtype(), count * width)?;
+    let shape = Shape::from((count, width));
+    let layout = Layout::contiguous(&shape);
+    scatter_into(grad, rows, (&mut d_table, &layout), false)?;
+    Ok((d_table, shape))
+}
+
+/// As [`scatter_rows`], added to a contiguous table of the same dtype.
+pub(crate) fn add_rows(
+    grad: Input,
+    rows: Input,
+    d_table: (&mut CudaStorage, &Layout),
+) -> Result<()> {
+    scatter_into(grad, rows, d_table, true)
+}
+
+fn scatter_into(
+    grad: Input,
+    rows: Input,
+    (d_table, layout): (&mut CudaStorage, &Layout),
+    add: bool,
+) -> Result<()> {
+    let ((len, width), (count, _)) = (grad.1.shape().dims2()?, layout.shape().dims2()?);
     let (device, dtype) = (grad.0.device(), grad.0.dtype());
     let what = || describe("scatter_rows", grad.1, dtype);
     let mut bytes = 0;
@@ -373,19 +396,19 @@ pub(crate) fn scatter_rows(grad: Input, rows: Input, count: usize) -> Result<(Cu
         len as i64, count as i64, width as i64, &mut bytes
     ))?;
     let mut workspace = alloc::<u8>(device, bytes)?;
-    let mut d_table = alloc_storage(device, dtype, count * width)?;
+    let start = layout.start_offset() * dtype.size_in_bytes();
     launch!(device, what, p => ffi::op_scatter_rows(
         dtype_code(dtype),
         input(&mut p, grad)?,
         input(&mut p, rows)?.cast(),
-        p.write_storage(&mut d_table)?,
+        p.write_storage(d_table)?.wrapping_byte_add(start),
+        add.into(),
         p.write(&mut workspace).cast(),
         len as i64,
         count as i64,
         width as i64,
         p.stream(),
-    ))?;
-    Ok((d_table, (count, width).into()))
+    ))
 }
 
 /// The mean loss, and the log-sum-exp of the rows, f32 `[rows]`.

@@ -196,6 +196,7 @@ unsafe extern "C" {
         grad: *const c_void,
         rows: *const u32,
         d_table: *mut c_void,
+        add: i32,
         workspace: *mut c_void,
         len: i64,
         count: i64,

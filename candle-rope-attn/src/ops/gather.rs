@@ -3,11 +3,11 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor};
-use candle_core::{WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Device, Layout, Result, Shape, Storage};
+use candle_core::{InplaceOp3, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
-use super::cpu::{values, vectorized, with_element, zeros};
+use super::cpu::{values, values_mut, vectorized, with_element, zeros};
 use super::plain;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
@@ -83,9 +83,17 @@ pub fn embedding_sum(parts: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
     tape::push(op, &y, move |grad, gradients| {
         let grad = grad.value.contiguous()?;
         for (ids, table) in parts.iter().filter(|(_, table)| table.track_op()) {
-            let count = table.dim(0)?;
-            let d_table = grad.apply_op2_no_bwd(ids, &ScatterRows { count })?;
-            gradients.add(table, d_table)?;
+            let scatter = ScatterRows {
+                count: table.dim(0)?,
+            };
+            let d_table = match gradients.remove_as(table, DType::F32)? {
+                Some(before) => {
+                    before.inplace_op3(&grad, ids, &scatter)?;
+                    before
+                }
+                None => grad.apply_op2_no_bwd(ids, &scatter)?,
+            };
+            gradients.put(table, d_table.into());
         }
         Ok(())
     });
@@ -149,6 +157,18 @@ fn check(table: &Tensor, rows: &Tensor, [op, row, name]: [&str; 3]) -> Result<()
         )
     }
     Ok(())
+}
+
+/// Row numbers or labels, u32 `[n]`, on a device. The host does not wait for a GPU to take them.
+///
+/// # Errors
+/// When memory runs out.
+pub fn indices(numbers: &[u32], device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::upload_numbers(device, numbers),
+        _ => Tensor::new(numbers, device),
+    }
 }
 
 /// Row numbers, all below `count`.
@@ -224,18 +244,18 @@ impl CustomOp2 for GatherRows {
     }
 }
 
-/// Adds the rows of a gradient up at their numbers, in a table of `count` rows.
+/// Adds the rows of a gradient up at their numbers, in a new table of `count` rows, or in place in one
+/// of f32.
 struct ScatterRows {
     count: usize,
 }
 
 impl ScatterRows {
-    fn scatter<T: Element>(&self, grad: &[T], rows: &[u32], width: usize) -> Vec<T> {
+    fn scatter<T: Element>(grad: &[T], rows: &[u32], width: usize, table: &mut [T]) {
         let mut uses: Vec<usize> = (0..rows.len()).collect();
         uses.par_sort_unstable_by_key(|&i| (rows[i], i));
 
-        let mut table = zeros(self.count * width);
-        let (mut rest, mut first) = (&mut table[..], 0);
+        let (mut rest, mut first) = (table, 0);
         let mut sums = Vec::new();
         for uses in uses.chunk_by(|&i, &j| rows[i] == rows[j]) {
             let row = rows[uses[0]] as usize;
@@ -244,7 +264,7 @@ impl ScatterRows {
             (rest, first) = (after, row + 1);
         }
         sums.into_par_iter().for_each(|(sum, uses)| {
-            let mut total = vec![0.0; width];
+            let mut total: Vec<f32> = sum.iter().map(|x| x.to_f32()).collect();
             for &i in uses {
                 vectorized(
                     #[inline(always)]
@@ -257,7 +277,6 @@ impl ScatterRows {
             }
             T::store(&total, sum);
         });
-        table
     }
 }
 
@@ -276,7 +295,9 @@ impl CustomOp2 for ScatterRows {
         let (_, width) = grad_layout.shape().dims2()?;
         let rows = values::<u32>(rows, rows_layout)?;
         let table = with_element!(grad.dtype(), T => {
-            T::to_cpu_storage_owned(self.scatter::<T>(values(grad, grad_layout)?, rows, width))
+            let mut table = zeros(self.count * width);
+            Self::scatter::<T>(values(grad, grad_layout)?, rows, width, &mut table);
+            T::to_cpu_storage_owned(table)
         });
         Ok((table, (self.count, width).into()))
     }
@@ -290,5 +311,40 @@ impl CustomOp2 for ScatterRows {
         rows_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         cuda::scatter_rows((grad, grad_layout), (rows, rows_layout), self.count)
+    }
+}
+
+impl InplaceOp3 for ScatterRows {
+    fn name(&self) -> &'static str {
+        "scatter_rows"
+    }
+
+    fn cpu_fwd(
+        &self,
+        table: &mut CpuStorage,
+        table_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+        rows: &CpuStorage,
+        rows_layout: &Layout,
+    ) -> Result<()> {
+        let (_, width) = grad_layout.shape().dims2()?;
+        let (grad, rows) = (values(grad, grad_layout)?, values(rows, rows_layout)?);
+        Self::scatter::<f32>(grad, rows, width, values_mut(table, table_layout)?);
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        table: &mut CudaStorage,
+        table_layout: &Layout,
+        grad: &CudaStorage,
+        grad_layout: &Layout,
+        rows: &CudaStorage,
+        rows_layout: &Layout,
+    ) -> Result<()> {
+        let (grad, rows) = ((grad, grad_layout), (rows, rows_layout));
+        cuda::add_rows(grad, rows, (table, table_layout))
     }
 }

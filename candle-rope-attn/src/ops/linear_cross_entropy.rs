@@ -12,9 +12,10 @@ use super::{cast, cross_entropy, linear, plain};
 use crate::operand::{Locked, Operand};
 use crate::tape;
 
-/// Bytes of the logits that exist at a time. With less, the gradient of the weight is read and
-/// written more often.
-const CHUNK_BYTES: usize = 128 << 20;
+/// Bytes of the logits that exist at a time. With less, the gradient of the weight is read and written
+/// more often, and the products are too small for a large GPU: 3 chunks for 4,915 labels of 30,528
+/// took 1.5 ms on an H100, where the logits as a whole took 1.2.
+const CHUNK_BYTES: usize = 320 << 20;
 
 /// Rows of a chunk are a multiple of these, so that chunks are aligned and of few sizes.
 const ROWS: usize = 64;

@@ -368,7 +368,7 @@ fn floors(
     let d_row = d_score * f64::from(case.spec.softmax_scale.abs());
     let probability = arithmetic * (1.0 + largest(&exact.lse));
     [
-        2.0 * arithmetic * largest(&exact.out),
+        (arithmetic + probability) * largest(&exact.out),
         probability * largest(&exact.dq) + d_row * largest(&inputs.k),
         probability * largest(&exact.dk) + d_row * largest(&inputs.q),
         probability * largest(&exact.dv),
