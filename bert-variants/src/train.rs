@@ -160,7 +160,8 @@ impl TrainConfig {
         Ok(())
     }
 
-    fn schedule(&self) -> Schedule {
+    /// Learning rates of a run.
+    pub fn schedule(&self) -> Schedule {
         Schedule {
             peak: self.lr,
             total_steps: self.steps,
