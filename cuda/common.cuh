@@ -49,27 +49,18 @@ __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn
 template <>
 __device__ __forceinline__ float from_float<float>(float x) { return x; }
 
-// W consecutive elements as they are in memory, read by one access.
+// W consecutive elements, as one 16-byte access when W elements are that long.
 template <class T, int W>
-struct alignas(sizeof(T) * W) Vector {
+__device__ __forceinline__ void load_vec(float (&out)[W], const T* src) {
   static_assert(W == 1 || W == kChunk<T>, "one element or one chunk");
-  T x[W];
-
-  __device__ __forceinline__ void load(const T* src) {
-    *this = *reinterpret_cast<const Vector*>(src);
-  }
-  __device__ __forceinline__ void unpack(float (&out)[W]) const {
+  if constexpr (W == 1) {
+    out[0] = to_float(*src);
+  } else {
+    const uint4 raw = *reinterpret_cast<const uint4*>(src);
+    const T* x = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int i = 0; i < W; ++i) out[i] = to_float(x[i]);
   }
-};
-
-// The same as numbers.
-template <class T, int W>
-__device__ __forceinline__ void load_vec(float (&out)[W], const T* src) {
-  Vector<T, W> x;
-  x.load(src);
-  x.unpack(out);
 }
 
 template <class T, int W>

@@ -57,7 +57,7 @@ constexpr int kMultiplyRegisters = 160, kFinishRegisters = 64, kProduceRegisters
 
 struct GemmParams {
   CUtensorMap left, right;
-  const void* bias;  // [columns], or null
+  const void* bias;  // [columns], of Rotate or null
   void* pre;         // [rows, columns], as dx and y
   void* dx;
   void* y;
@@ -106,8 +106,7 @@ struct GemmTile {
   }
 };
 
-// kSummedRows: the right operand is [summed, columns], else [columns, summed].
-template <class T, bool kSummedRows>
+template <class T, class Epilogue>
 __device__ __forceinline__ void produce(const GemmParams& p) {
   auto& shared = GemmShared<T>::get();
   constexpr int kHalf = kTileN / kBlocks;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void produce(const GemmParams& p) {
       wait(shared.empty + ring.stage, ring.parity ^ 1);
       arrive_expect(full, kStageBytes);
       tma_load(shared.left[ring.stage], p.left, full, step * kTileK, tile.row0);
-      if constexpr (kSummedRows) {
+      if constexpr (Epilogue::kSummedRows) {
 #pragma unroll
         for (int c = 0; c < kHalf; c += 64) {
           tma_multicast(right + c * kTileK, p.right, full, tile.column0 + first + c, step * kTileK,
@@ -147,7 +146,7 @@ __device__ __forceinline__ void add_bias(float* x, const T* bias) {
   }
 }
 
-template <class T, bool kSummedRows>
+template <class T, class Epilogue>
 __device__ __forceinline__ void multiply(const GemmParams& p) {
   auto& shared = GemmShared<T>::get();
   const int warp = __shfl_sync(~0u, warp_id(), 0), group = warp / 4, lane = lane_id();
@@ -165,15 +164,17 @@ __device__ __forceinline__ void multiply(const GemmParams& p) {
     for (int step = 0; step < p.steps; ++step) {
       wait(shared.full + ring.stage, ring.parity);
       const uint32_t left = descriptor(shared.left[ring.stage] + group * 64 * kTileK);
-      const uint32_t right = descriptor(shared.right[ring.stage], kSummedRows ? kTileK * 128 : 16);
+      const uint32_t right =
+          descriptor(shared.right[ring.stage], Epilogue::kSummedRows ? kTileK * 128 : 16);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileK / 16; ++k) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int right_offset = half * kTileN / 2 * 128 + k * (kSummedRows ? 16 * 128 : 32);
-          wgmma<T, false, kSummedRows>(sum[half], advance(left, k * 32),
-                                     advance(right, right_offset), step + k != 0);
+          const int right_offset =
+              half * kTileN / 2 * 128 + k * (Epilogue::kSummedRows ? 16 * 128 : 32);
+          wgmma<T, false, Epilogue::kSummedRows>(sum[half], advance(left, k * 32),
+                                                 advance(right, right_offset), step + k != 0);
         }
       }
       wgmma_commit();
@@ -191,7 +192,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p) {
 #pragma unroll
     for (int n = 0; n < kTileN / 8; n += 2) {
       float* const x = sum[n / (kTileN / 16)] + n % (kTileN / 16) * 4;
-      if (p.bias != nullptr && tile.column0 + n / 8 * 64 < p.columns) {
+      if (Epilogue::has_bias(p) && tile.column0 + n / 8 * 64 < p.columns) {
         add_bias<T>(x, static_cast<const T*>(p.bias) + tile.column0 + n * 8 + lane % 4 * 2);
       }
       stmatrix(smem_address(staged + swizzled<16>(lane % 16, n * 8 + lane / 16 * 8)),
@@ -247,10 +248,12 @@ struct FinishRows {
 };
 
 // An epilogue is made before the sums of a tile are there, takes row after row of them, and ends the
-// tile.
+// tile. With kSummedRows the right operand is [summed, columns], else [columns, summed]. has_bias is
+// known at compile time where it can be: 338 -> 326 for gelu.
 template <class T>
 struct Gelu {
   static constexpr bool kSummedRows = false;
+  __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return true; }
   static constexpr int kUnroll = 1;
 
   __device__ __forceinline__ Gelu(const GemmParams&, const FinishRows<T>&) {}
@@ -273,6 +276,7 @@ struct Gelu {
 template <class T>
 struct GeluBackward {
   static constexpr bool kSummedRows = true;
+  __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return false; }
   static constexpr int kAhead = 4, kUnroll = kAhead;  // rows of pre that are on their way
 
   uint4 ahead[kAhead];
@@ -328,6 +332,7 @@ struct GeluBackward {
 template <class T>
 struct Rotate {
   static constexpr bool kSummedRows = false;
+  __device__ __forceinline__ static bool has_bias(const GemmParams& p) { return p.bias != nullptr; }
   static constexpr int kUnroll = 2;
 
   int position;  // of row lane % 16
@@ -398,7 +403,6 @@ __device__ __forceinline__ void finish(const GemmParams& p) {
 template <class T, template <class> class Epilogue>
 __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kGemmThreads, 1)
     gemm_kernel(const __grid_constant__ GemmParams p) {
-  constexpr bool kSummedRows = Epilogue<T>::kSummedRows;
   auto& shared = GemmShared<T>::get();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -415,13 +419,13 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kGemmThreads, 1)
   const int group = threadIdx.x / 128;
   if (group < 2) {
     take_registers<kMultiplyRegisters>();
-    multiply<T, kSummedRows>(p);
+    multiply<T, Epilogue<T>>(p);
   } else if (group < 4) {
     give_registers<kFinishRegisters>();
     finish<T, Epilogue<T>>(p);
   } else {
     give_registers<kProduceRegisters>();
-    if (threadIdx.x % 128 == 0) produce<T, kSummedRows>(p);
+    if (threadIdx.x % 128 == 0) produce<T, Epilogue<T>>(p);
   }
   __syncwarp();
   sync_cluster();  // no block may end while the other one signals to it
@@ -473,6 +477,7 @@ int op_gemm_suits(int32_t dtype, int64_t rows, int64_t inner, int64_t columns) {
 
 int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* bias, void* pre,
                  void* y, int64_t rows, int64_t inner, int64_t columns, void* stream) {
+  if (bias == nullptr) return ATTN_ERR_NULL;
   if (!op_gemm_suits(dtype, rows, inner, columns)) return ATTN_ERR_SIZE;
   attn::GemmParams p = {};
   p.bias = bias;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
 }
 
 template <class T, int W, int kGroup, int kElements>
-__global__ void __launch_bounds__(kNormThreads<kGroup>, kGroup == 32 && kElements <= 24 ? 3 : 1)
+__global__ void __launch_bounds__(kNormThreads<kGroup>)
     layer_norm_bwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
                           const T* __restrict__ grad, const float* __restrict__ stats,
                           T* __restrict__ dx, float* __restrict__ partial, int64_t rows,
@@ -91,51 +91,32 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>, kGroup == 32 && kElement
   constexpr int kRows = kNormRows<kGroup>;
   float d_weight[C::kVectors][W] = {}, d_bias[C::kVectors][W] = {}, sum_dx[C::kVectors][W] = {};
 
-  // A row, as it is in memory so that registers suffice to read the next one ahead.
-  struct Row {
-    Vector<T, W> x[C::kVectors], grad[C::kVectors];
-    float mean, rstd;
-  };
-  const auto read = [&](Row& to, int64_t row) {
-    if (row >= rows) return;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kGroup; row < rows;
+       row += static_cast<int64_t>(gridDim.x) * kRows) {
+    const T* x_row = x + row * width;
+    const T* grad_row = grad + row * width;
+    const float mean = stats[2 * row], rstd = stats[2 * row + 1];
+    float n[C::kVectors][W], g[C::kVectors][W];
 #pragma unroll
     for (int i = 0; i < C::kVectors; ++i) {
       if (C::at(i) >= width) break;
-      to.x[i].load(x + row * width + C::at(i));
-      to.grad[i].load(grad + row * width + C::at(i));
+      load_vec<T, W>(n[i], x_row + C::at(i));
+      load_vec<T, W>(g[i], grad_row + C::at(i));
     }
-    to.mean = stats[2 * row];
-    to.rstd = stats[2 * row + 1];
-  };
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRows;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kGroup;
-  Row next;
-  read(next, row);
-  for (; row < rows; row += step) {
-    const Row now = next;
-    read(next, row + step);
-    // grad, g and n of vector i.
-    const auto unpack = [&](int i, float (&d)[W], float (&g)[W], float (&n)[W]) {
-      now.x[i].unpack(n);
-      now.grad[i].unpack(d);
-      load_f32<W>(g, weight + C::at(i));
-#pragma unroll
-      for (int j = 0; j < W; ++j) {
-        g[j] *= d[j];
-        n[j] = (n[j] - now.mean) * now.rstd;
-      }
-    };
-    float d[W], g[W], n[W], sum_g = 0.0f, sum_gn = 0.0f;
+    float sum_g = 0.0f, sum_gn = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::kVectors; ++i) {
       if (C::at(i) >= width) break;
-      unpack(i, d, g, n);
+      float w[W];
+      load_f32<W>(w, weight + C::at(i));
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        d_weight[i][j] += d[j] * n[j];
-        d_bias[i][j] += d[j];
-        sum_g += g[j];
-        sum_gn += g[j] * n[j];
+        n[i][j] = (n[i][j] - mean) * rstd;
+        d_weight[i][j] += g[i][j] * n[i][j];
+        d_bias[i][j] += g[i][j];
+        g[i][j] *= w[j];
+        sum_g += g[i][j];
+        sum_gn += g[i][j] * n[i][j];
       }
     }
     const float mean_g = group_sum<kGroup>(sum_g) / width;
@@ -143,13 +124,12 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>, kGroup == 32 && kElement
 #pragma unroll
     for (int i = 0; i < C::kVectors; ++i) {
       if (C::at(i) >= width) break;
-      unpack(i, d, g, n);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        n[j] = now.rstd * (g[j] - mean_g - n[j] * mean_gn);
-        sum_dx[i][j] += n[j];
+        n[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
+        sum_dx[i][j] += n[i][j];
       }
-      store_vec<T, W>(dx + row * width + C::at(i), n);
+      store_vec<T, W>(dx + row * width + C::at(i), n[i]);
     }
   }
 

@@ -27,12 +27,12 @@ int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* 
 // Products with what comes after them, where op_gemm_suits or op_gemm_rope_suits: on Hopper, of 16-bit
 // matrices whose inner and columns are multiples of 64, all on 16-byte boundaries.
 //   op_gemm_gelu: pre = x weight^T + bias, y = gelu(pre); x: [rows, inner], weight: [columns, inner],
-//     bias: [columns] or null, pre, y: [rows, columns].
+//     bias: [columns], pre, y: [rows, columns].
 //   op_gemm_gelu_bwd: y = gelu(pre), and the gradient dx of pre from that of y, which is dy weight;
 //     dy: [rows, inner], weight: [inner, columns]. sums: f32 [columns], of dx. partial: f32
 //     [op_gemm_gelu_partials(..), columns].
 //   op_gemm_rope: params->q.ptr, contiguous [total_tokens, 3, num_heads, head_dim], is
-//     x weight^T + bias with q and k rotated by their positions; params tells the sizes, dtype,
+//     x weight^T + bias (which may be null) with q and k rotated by their positions; params tells the sizes, dtype,
 //     sequences, tables and stream. head_dim is a power of 2, 16 to 256.
 int op_gemm_suits(int32_t dtype, int64_t rows, int64_t inner, int64_t columns);
 int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* bias, void* pre,

@@ -34,7 +34,7 @@ pub struct InputConfig {
     #[arg(long, default_value_t = 30_522)]
     pub vocab_size: usize,
     /// Text to measure with, each sequence the beginning of a document: files, folders, or
-    /// hf://datasets/OWNER/NAME[@REVISION][/PATH]. Batches are measured as they are, without
+    /// `hf://datasets/OWNER/NAME[@REVISION][/PATH]`. Batches are measured as they are, without
     /// padding, and padded. Without, tokens are random.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<String>,
