@@ -4,6 +4,7 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -41,18 +42,27 @@ pub fn init_logging() {
         .init();
 }
 
-/// Set by the first SIGINT or SIGTERM; a second one ends the program at once.
+/// Signals that come as fast after the first are taken for the same one: `timeout` and schedulers send
+/// it to the program and to its process group.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
+
+/// Set by the first SIGINT or SIGTERM; a later one ends the program at once.
 ///
 /// # Errors
 /// When there is a handler of these signals already.
 pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+    let mut first = None;
+    ctrlc::set_handler(move || match first {
+        None => {
+            first = Some(Instant::now());
+            flag.store(true, Ordering::Relaxed);
+            eprintln!("\nstopping after this step; once more to quit at once");
         }
-        eprintln!("\nstopping after this step; once more to quit at once");
+        Some(first) if first.elapsed() < SAME_SIGNAL => {}
+        // SAFETY: it does not return. What runs at a usual exit would race with the other threads.
+        Some(_) => unsafe { libc::_exit(130) },
     })
     .context("cannot listen for signals")?;
     Ok(stop)

@@ -120,8 +120,10 @@ fn sigterm_saves_and_exits() {
     let out = dir.path().join("runs");
     let steps = ["--steps", "100000"];
     let mut child = start(&out, &steps);
+    // As `timeout` and schedulers do, which signal a program and its process group.
+    let process = child.id().to_string();
     let kill = Command::new("kill")
-        .args(["-TERM", &child.id().to_string()])
+        .args(["-TERM", &process, &process])
         .status()
         .unwrap();
     assert!(kill.success());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum, indices};
+use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum};
 use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
 use super::layers::{LayerNorm, Linear, PassDropout, Weights};
@@ -212,16 +212,16 @@ impl Embeddings {
     }
 
     fn forward(&self, tokens: &Tokens, device: &Device) -> Result<Tensor> {
-        let mut parts = vec![(indices(tokens.ids, device)?, &self.word)];
+        let mut parts = vec![(Tensor::new(tokens.ids, device)?, &self.word)];
         if let Some(table) = &self.token_type {
             let types = match tokens.token_type_ids {
-                Some(types) => indices(types, device)?,
+                Some(types) => Tensor::new(types, device)?,
                 None => Tensor::zeros(tokens.ids.len(), DType::U32, device)?,
             };
             parts.push((types, table));
         }
         if let Some((table, first)) = &self.position {
-            let positions = indices(&position_ids(tokens.cu_seqlens, *first), device)?;
+            let positions = Tensor::new(position_ids(tokens.cu_seqlens, *first), device)?;
             parts.push((positions, table));
         }
         let parts: Vec<_> = parts.iter().map(|(ids, table)| (ids, *table)).collect();

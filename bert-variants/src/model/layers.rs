@@ -160,7 +160,7 @@ impl PassDropout {
 
 /// A column of numbers `[n]` on the device of the model.
 pub(super) fn column(values: &[u32], like: &Tensor) -> Result<Tensor> {
-    Ok(ops::indices(values, like.device())?)
+    Ok(Tensor::new(values, like.device())?)
 }
 
 /// `x` in f32, for losses.

@@ -18,7 +18,7 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
 
-pub(crate) use upload::{upload, upload_numbers};
+pub(crate) use upload::upload;
 
 /// Evaluates an expression with `$slice` as the elements of a storage of F32, BF16, F16 or U32.
 macro_rules! with_slice {

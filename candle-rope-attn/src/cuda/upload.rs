@@ -1,18 +1,15 @@
-//! Host data on the device. Small data, such as sequence bounds and RoPE tables, is uploaded once and
-//! found again by content, as all layers of a step ask for the same.
+//! Small host data on the device, such as sequence bounds and RoPE tables: uploaded once and found
+//! again by content, as all layers of a step ask for the same.
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::rc::Rc;
 
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, DevicePtrMut, DeviceRepr, HostSlice, PinnedHostSlice, result,
-};
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Result, Tensor};
+use candle_core::cuda_backend::DeviceId;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::{CudaDevice, Result};
 
-use super::{alloc, device, tensor};
+use super::device;
 
 /// Uploads kept at a time. A step has a few; those of the last steps leave first.
 const CAPACITY: usize = 32;
@@ -23,12 +20,7 @@ struct Entry {
     slice: Rc<dyn Any>,
 }
 
-/// Copies on their way at a time: some steps' worth, so that none has to be waited for.
-const STAGED: usize = 32;
-
 thread_local! {
-    /// Page-locked memory that copies are made from, the one used last at the end.
-    static STAGING: RefCell<VecDeque<PinnedHostSlice<u32>>> = RefCell::default();
     /// Those used last are at the end. Each thread has its own: uploads are ordered with the work
     /// of the stream they were made on, and Candle's devices have a stream a thread.
     static UPLOADS: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
@@ -69,41 +61,4 @@ where
         });
     });
     Ok(slice)
-}
-
-/// A tensor `[n]` of new numbers. From memory that is not page-locked the driver would copy them only
-/// when the device has done all it was told before.
-pub(crate) fn upload_numbers(device: &CudaDevice, numbers: &[u32]) -> Result<Tensor> {
-    let stream = device.cuda_stream();
-    let mut slice = alloc::<u32>(device, numbers.len())?;
-    let mut staging = take_staging(device, numbers.len())?;
-    staging.as_mut_slice().w()?[..numbers.len()].copy_from_slice(numbers);
-    {
-        let (to, _written) = slice.device_ptr_mut(&stream);
-        // SAFETY: used with this stream only.
-        let (from, _read) = unsafe { staging.stream_synced_slice(&stream) };
-        // SAFETY: both hold that many numbers; the staging memory is not written again before its
-        // event, which `_read` records, says that the copy is done.
-        unsafe { result::memcpy_htod_async(to, &from[..numbers.len()], stream.cu_stream()) }.w()?;
-    }
-    STAGING.with_borrow_mut(|staged| staged.push_back(staging));
-    let storage = CudaStorage {
-        slice: CudaStorageSlice::U32(slice),
-        device: device.clone(),
-    };
-    Ok(tensor(storage, numbers.len()))
-}
-
-/// Page-locked memory for at least `len` numbers.
-fn take_staging(device: &CudaDevice, len: usize) -> Result<PinnedHostSlice<u32>> {
-    let context = device.cuda_stream().context().clone();
-    let oldest = STAGING.with_borrow_mut(|staged| match staged.len() {
-        ..STAGED => None,
-        _ => staged.pop_front(),
-    });
-    match oldest {
-        Some(oldest) if oldest.len() >= len && oldest.context() == &context => Ok(oldest),
-        // SAFETY: numbers are written before they are read.
-        _ => unsafe { context.alloc_pinned(len.next_power_of_two()) }.w(),
-    }
 }

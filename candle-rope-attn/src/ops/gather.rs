@@ -3,7 +3,7 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, D, DType, Device, Layout, Result, Shape, Storage};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage};
 use candle_core::{InplaceOp3, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
@@ -157,18 +157,6 @@ fn check(table: &Tensor, rows: &Tensor, [op, row, name]: [&str; 3]) -> Result<()
         )
     }
     Ok(())
-}
-
-/// Row numbers or labels, u32 `[n]`, on a device. The host does not wait for a GPU to take them.
-///
-/// # Errors
-/// When memory runs out.
-pub fn indices(numbers: &[u32], device: &Device) -> Result<Tensor> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::upload_numbers(device, numbers),
-        _ => Tensor::new(numbers, device),
-    }
 }
 
 /// Row numbers, all below `count`.

@@ -27,7 +27,7 @@ pub use adamw::{AdamW, AdamWState, Parameter};
 pub use cast::cast;
 pub use cross_entropy::cross_entropy;
 pub use dropout::{dropout, dropout_add};
-pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows, indices};
+pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;
 pub use global_norm::global_norm;
 pub use layer_norm::layer_norm;

@@ -1,6 +1,6 @@
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{embedding, embedding_sum, gather_rows, indices};
+use candle_rope_attn::ops::{embedding, embedding_sum, gather_rows};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
@@ -12,8 +12,7 @@ device_tests!(
     matches_reference,
     many_uses_of_one_row,
     embedding_is_the_same,
-    sums_rows_of_tables,
-    indices_arrive
+    sums_rows_of_tables
 );
 
 fn reference(inputs: &[Vec<f64>], grad: &[f64], rows: &[u32], width: usize) -> Reference {
@@ -135,19 +134,6 @@ fn rows_out_of_range(device: &Device) -> Result<()> {
             .map(|row| row.iter().sum())
             .collect();
         assert_eq!(sums, [0.0, 0.0, 0.0, 48.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
-    }
-    Ok(())
-}
-
-/// More of them than are on their way at a time, of growing and falling length.
-fn indices_arrive(device: &Device) -> Result<()> {
-    let numbers: Vec<_> = (0..100u32)
-        .map(|i| random_indices(1 + (i as usize * 37) % 5000, 1 << 31, i.into()))
-        .collect();
-    let tensors = numbers.iter().map(|numbers| Ok(indices(numbers, device)?));
-    let tensors = tensors.collect::<Result<Vec<_>>>()?;
-    for (tensor, numbers) in tensors.iter().zip(&numbers) {
-        assert_eq!(&tensor.to_vec1::<u32>()?, numbers);
     }
     Ok(())
 }
