@@ -83,7 +83,7 @@ typedef struct AttnParams {
   int32_t window_right;   // ... and after; -1 = all (causal acts as 0)
   int32_t rope_interleaved;  // 1: pairs (2i, 2i+1); 0: pairs (i, i + head_dim/2)
   int32_t num_buckets;    // of bias_buckets; 0 without
-  int32_t qk_rotated;     // q and k are rotated already; dq and dk are those of what they were before
+  int32_t qk_rotated;     // 1: q and k come rotated (by these tables); dq, dk are of them before
   float softmax_scale;
   // Probabilities are dropped with dropout_p, the kept ones divided by 1 - dropout_p: element
   // (sequence b, head h, query i, key j) is dropped when word j % 4 of Philox4x32-10 with counter

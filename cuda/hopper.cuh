@@ -20,7 +20,7 @@ __device__ __forceinline__ void init_barrier(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(b)), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the TMA; a __syncthreads must follow.
+// Makes initialised barriers visible to the TMA; the threads must be synchronised after it.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

@@ -146,6 +146,7 @@ inline int check(const AttnParams* p, std::initializer_list<const void*> require
   if (p->dtype < ATTN_BF16 || p->dtype > ATTN_F32) return ATTN_ERR_DTYPE;
   if ((p->rope_cos == nullptr) != (p->rope_sin == nullptr)) return ATTN_ERR_ROPE;
   if (p->rope_cos != nullptr && p->head_dim % 2 != 0) return ATTN_ERR_ROPE;
+  if (p->qk_rotated && p->rope_cos == nullptr) return ATTN_ERR_ROPE;
   if ((p->cu_seqlens != nullptr) + (p->key_lens != nullptr) + (p->key_mask != nullptr) > 1) {
     return ATTN_ERR_SEQUENCES;
   }

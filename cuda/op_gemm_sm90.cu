@@ -57,7 +57,7 @@ constexpr int kMultiplyRegisters = 160, kFinishRegisters = 64, kProduceRegisters
 
 struct GemmParams {
   CUtensorMap left, right;
-  const void* bias;  // [columns], of Rotate or null
+  const void* bias;  // [columns]; null in the backward, and maybe for rope
   void* pre;         // [rows, columns], as dx and y
   void* dx;
   void* y;
@@ -247,16 +247,16 @@ struct FinishRows {
   }
 };
 
-// An epilogue is made before the sums of a tile are there, takes row after row of them, and ends the
-// tile. With kSummedRows the right operand is [summed, columns], else [columns, summed]. has_bias is
-// known at compile time where it can be: 338 -> 326 for gelu.
+// An epilogue is made before the sums of a tile are there, takes row after row of them, and ends
+// the tile. With kSummedRows the right operand is [summed, columns], else [columns, summed].
+// has_bias is known at compile time where it can be: 338 -> 326 for gelu.
 template <class T>
-struct Gelu {
+struct GeluEpilogue {
   static constexpr bool kSummedRows = false;
   __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return true; }
   static constexpr int kUnroll = 1;
 
-  __device__ __forceinline__ Gelu(const GemmParams&, const FinishRows<T>&) {}
+  __device__ __forceinline__ GeluEpilogue(const GemmParams&, const FinishRows<T>&) {}
 
   __device__ __forceinline__ void row(const GemmParams& p, const FinishRows<T>& rows, int row) {
     const uint4 pre = rows.sums(row);
@@ -274,7 +274,7 @@ struct Gelu {
 };
 
 template <class T>
-struct GeluBackward {
+struct GeluBackwardEpilogue {
   static constexpr bool kSummedRows = true;
   __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return false; }
   static constexpr int kAhead = 4, kUnroll = kAhead;  // rows of pre that are on their way
@@ -282,7 +282,7 @@ struct GeluBackward {
   uint4 ahead[kAhead];
   float column_sums[8] = {};
 
-  __device__ __forceinline__ GeluBackward(const GemmParams& p, const FinishRows<T>& rows) {
+  __device__ __forceinline__ GeluBackwardEpilogue(const GemmParams& p, const FinishRows<T>& rows) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead[i] = read(p, rows, i);
   }
@@ -330,7 +330,7 @@ struct GeluBackward {
 
 // Columns of a head lie in one tile, and a lane's 8 in one half of it.
 template <class T>
-struct Rotate {
+struct RotateEpilogue {
   static constexpr bool kSummedRows = false;
   __device__ __forceinline__ static bool has_bias(const GemmParams& p) { return p.bias != nullptr; }
   static constexpr int kUnroll = 2;
@@ -339,7 +339,7 @@ struct Rotate {
   bool rotates, second_half;
   int pair0;
 
-  __device__ __forceinline__ Rotate(const GemmParams& p, const FinishRows<T>& rows)
+  __device__ __forceinline__ RotateEpilogue(const GemmParams& p, const FinishRows<T>& rows)
       : position(find_position(p, min(rows.row0 + rows.lane % 16, p.rows - 1))),
         rotates(rows.column < p.rotated_columns) {
     const int column = rows.column % p.head_dim;
@@ -485,7 +485,7 @@ int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* b
   p.y = y;
   p.rows = static_cast<int>(rows);
   p.columns = static_cast<int>(columns);
-  return attn::gemm<attn::Gelu>(dtype, p, x, weight, inner, stream);
+  return attn::gemm<attn::GeluEpilogue>(dtype, p, x, weight, inner, stream);
 }
 
 int64_t op_gemm_gelu_partials(int64_t rows) {
@@ -503,7 +503,7 @@ int op_gemm_gelu_bwd(int32_t dtype, const void* dy, const void* weight, const vo
   p.partial = partial;
   p.rows = static_cast<int>(rows);
   p.columns = static_cast<int>(columns);
-  ATTN_RETURN_IF(attn::gemm<attn::GeluBackward>(dtype, p, dy, weight, inner, stream));
+  ATTN_RETURN_IF(attn::gemm<attn::GeluBackwardEpilogue>(dtype, p, dy, weight, inner, stream));
   return attn::sum_partials(partial, sums, op_gemm_gelu_partials(rows), columns, stream);
 }
 
@@ -530,5 +530,5 @@ int op_gemm_rope(const AttnParams* params, const void* x, const void* weight, co
   p.rows = static_cast<int>(params->total_tokens);
   p.columns = static_cast<int>(attn::qkv_columns(*params));
   p.rotated_columns = p.columns / 3 * 2;
-  return attn::gemm<attn::Rotate>(params->dtype, p, x, weight, inner, params->stream);
+  return attn::gemm<attn::RotateEpilogue>(params->dtype, p, x, weight, inner, params->stream);
 }

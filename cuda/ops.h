@@ -4,7 +4,7 @@
 //
 // All enqueue on `stream` of the current device and return ATTN_OK, an AttnError, or a
 // cudaError_t. Results are the same bits on every call. Pointers need the alignment of their
-// elements only; 16 bytes make it fast.
+// elements only, where nothing else is said; 16 bytes make it fast.
 #ifndef OPS_H
 #define OPS_H
 
@@ -24,16 +24,17 @@ int op_gelu_bwd(int32_t dtype, const void* x, const void* grad, void* dx, int64_
 int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* dx, float* sums,
                  float* partial, int64_t rows, int64_t columns, void* stream);
 
-// Products with what comes after them, where op_gemm_suits or op_gemm_rope_suits: on Hopper, of 16-bit
-// matrices whose inner and columns are multiples of 64, all on 16-byte boundaries.
-//   op_gemm_gelu: pre = x weight^T + bias, y = gelu(pre); x: [rows, inner], weight: [columns, inner],
-//     bias: [columns], pre, y: [rows, columns].
+// Products with what comes after them, where op_gemm_suits or op_gemm_rope_suits: on Hopper (unless
+// ATTN_PORTABLE is set in the environment), of 16-bit matrices whose inner and columns are multiples
+// of 64, all on 16-byte boundaries.
+//   op_gemm_gelu: pre = x weight^T + bias, y = gelu(pre); x: [rows, inner], weight:
+//     [columns, inner], bias: [columns], pre, y: [rows, columns].
 //   op_gemm_gelu_bwd: y = gelu(pre), and the gradient dx of pre from that of y, which is dy weight;
 //     dy: [rows, inner], weight: [inner, columns]. sums: f32 [columns], of dx. partial: f32
 //     [op_gemm_gelu_partials(..), columns].
 //   op_gemm_rope: params->q.ptr, contiguous [total_tokens, 3, num_heads, head_dim], is
-//     x weight^T + bias (which may be null) with q and k rotated by their positions; params tells the sizes, dtype,
-//     sequences, tables and stream. head_dim is a power of 2, 16 to 256.
+//     x weight^T + bias (which may be null) with q and k rotated by their positions; params tells
+//     the sizes, dtype, sequences, tables and stream. head_dim is a power of 2, 16 to 256.
 int op_gemm_suits(int32_t dtype, int64_t rows, int64_t inner, int64_t columns);
 int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* bias, void* pre,
                  void* y, int64_t rows, int64_t inner, int64_t columns, void* stream);

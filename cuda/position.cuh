@@ -70,7 +70,8 @@ struct Rope {
   };
 
  private:
-  __host__ __device__ __forceinline__ Rope() : cos(nullptr), sin(nullptr), half(0), interleaved(false) {}
+  __host__ __device__ __forceinline__ Rope()
+      : cos(nullptr), sin(nullptr), half(0), interleaved(false) {}
 };
 
 // Rotation may work on 16-byte runs: they are whole, and the tables are aligned.

@@ -18,12 +18,16 @@ for program in bert-variants/src/bin/*.rs; do
   strip -o "$bundle/bin/$name" "target/release/$name"
 done
 
-# The tests of bert-variants read files of the repository and need no GPU: they stay here.
-cargo test --release --package candle-rope-attn --features cuda --no-run --lib --tests --benches \
-  --message-format json-render-diagnostics | python3 -c '
+# Other tests of bert-variants read files of the repository and need no GPU: they stay here.
+{
+  cargo test --release --package candle-rope-attn --features cuda --no-run --lib --tests --benches \
+    --message-format json-render-diagnostics
+  cargo test --release --package bert-variants --features cuda --no-run --test simple_step \
+    --message-format json-render-diagnostics
+} | python3 -c '
 import json, sys
 for message in map(json.loads, sys.stdin):
-    if message["reason"] == "compiler-artifact" and message["executable"]:
+    if message["reason"] == "compiler-artifact" and message["executable"] and message["profile"]["test"]:
         kind, name = message["target"]["kind"][0], message["target"]["name"]
         folder = "bench" if kind == "bench" else "tests"
         print(message["executable"], folder + "/" + (name if kind != "lib" else "unit"), sep="\t")' |

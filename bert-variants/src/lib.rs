@@ -44,9 +44,9 @@ pub fn init_logging() {
 
 /// Signals that come as fast after the first are taken for the same one: `timeout` and schedulers send
 /// it to the program and to its process group.
-const SAME_SIGNAL: Duration = Duration::from_secs(1);
+const SAME_SIGNAL: Duration = Duration::from_millis(300);
 
-/// Set by the first SIGINT or SIGTERM; a later one ends the program at once.
+/// Set by the first SIGINT or SIGTERM; a later one that is not the same ends the program at once.
 ///
 /// # Errors
 /// When there is a handler of these signals already.

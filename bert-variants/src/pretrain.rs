@@ -170,7 +170,7 @@ impl ModelSize {
         config.validate()?;
         ensure!(
             config.max_position_embeddings >= seq_len,
-            "max_position_embeddings {} is less than seq_len {seq_len}",
+            "max_position_embeddings {} is less than the longest sequence, {seq_len}",
             config.max_position_embeddings,
         );
         Ok(config)

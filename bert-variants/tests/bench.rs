@@ -162,7 +162,7 @@ fn wrong_settings_are_named() {
         ),
         (
             "--max-position-embeddings 8",
-            "max_position_embeddings 8 is less than seq_len 128",
+            "max_position_embeddings 8 is less than the longest sequence, 128",
         ),
         ("--variants mpnet --objective clm", "no causal form"),
         ("--data /nowhere/text.txt", "/nowhere/text.txt"),

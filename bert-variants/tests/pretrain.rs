@@ -286,7 +286,7 @@ fn wrong_settings_are_named() {
         ),
         (
             ["--max-position-embeddings", "8"],
-            "max_position_embeddings 8 is less than seq_len 32",
+            "max_position_embeddings 8 is less than the longest sequence, 32",
         ),
     ] {
         let message = fail(&out, &args);

@@ -73,8 +73,8 @@ pub fn attention_qkvpacked(
 /// `[3 * num_heads * head_dim, inner]`, its bias `[3 * num_heads * head_dim]`, and x
 /// `[batch, seqlen, inner]`, or `[total_tokens, inner]` with [`Sequences::CuSeqlens`].
 ///
-/// With RoPE, the product rotates q and k on Hopper GPUs where head_dim is a power of 2 from 16 on, so
-/// that the rotation takes next to no time.
+/// With RoPE in bf16 or f16, the product rotates q and k on Hopper GPUs, which takes next to no time:
+/// where head_dim is a power of 2, 16 to 256, and the weight's axes are multiples of 64.
 ///
 /// # Errors
 /// As [`attention`] and [`linear`](crate::ops::linear).

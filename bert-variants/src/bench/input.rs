@@ -147,6 +147,8 @@ impl<'a> Input<'a> {
         } else {
             let data = Data::open(&DataConfig {
                 sources: config.data.clone(),
+                // Else a part would be held out.
+                validation: config.data.clone(),
                 text_field: config.text_field.clone(),
                 tokenizer: config.tokenizer.clone(),
                 vocab_size: Some(vocab_size),

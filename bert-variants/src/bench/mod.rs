@@ -274,7 +274,7 @@ impl Bench<'_> {
             peak_tflops,
             ..
         } = self.config.measure;
-        let measured = self.run(job, batches)?;
+        let measured = self.run(job, batches).map_err(explain_out_of_memory)?;
         let mean = |batches: &[Batch], of: &dyn Fn(&Batch) -> f64| {
             let timed = &batches[warmup..];
             timed.iter().map(of).sum::<f64>() / timed.len() as f64
@@ -367,8 +367,7 @@ impl Bench<'_> {
         let dtype = self.config.measure.dtype.dtype();
         let model = LanguageModel::new(model, &parameters, false, dtype)?;
         Ok(Box::new(move |batch| {
-            let logits = model.logits(&Tokens::from(batch), &batch.label_positions, None);
-            logits.map_err(explain_out_of_memory)
+            model.logits(&Tokens::from(batch), &batch.label_positions, None)
         }))
     }
 

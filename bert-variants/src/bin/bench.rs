@@ -52,13 +52,14 @@ fn main() -> Result<()> {
         command = command.mut_arg(name, |arg| arg.default_value(size));
     }
     let cli = Cli::from_arg_matches(&command.get_matches())?;
-    if !cli.json {
-        println!("{}", line(COLUMNS));
-    }
+    let mut header = (!cli.json).then(|| line(COLUMNS));
     bench(&cli.config, |row| {
+        if let Some(header) = header.take() {
+            writeln!(stdout(), "{header}")?;
+        }
         match cli.json {
-            true => println!("{}", serde_json::to_string(row)?),
-            false => println!("{}", table_row(row)),
+            true => writeln!(stdout(), "{}", serde_json::to_string(row)?)?,
+            false => writeln!(stdout(), "{}", table_row(row))?,
         }
         Ok(stdout().flush()?)
     })
@@ -104,7 +105,7 @@ fn table_row(row: &Row) -> String {
 /// Cells in columns, the first ones flush left.
 fn line(cells: [&str; 12]) -> String {
     let aligned = cells.iter().enumerate().map(|(i, cell)| match i {
-        0..4 => format!("{cell:<9}"),
+        0..4 => format!("{cell:<10}"),
         _ => format!("{cell:>10}"),
     });
     aligned.collect::<Vec<_>>().join(" ")

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTable, OpTensor};
@@ -109,14 +110,15 @@ pub(crate) fn gelu_and_backward(
 }
 
 /// Whether there is a kernel that multiplies and applies GELU, for these matrices of `[rows, inner, columns]`.
-fn gemm_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> bool {
+fn gemm_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> Result<bool> {
     let dtype = matrices[0].0.dtype();
     let alike = |matrix: &Input| matrix.0.dtype() == dtype && start_is_aligned(matrix);
-    // SAFETY: it takes numbers only.
-    matrices.iter().all(alike)
-        && unsafe {
-            ffi::op_gemm_suits(dtype_code(dtype), rows as i64, inner as i64, columns as i64)
-        } != 0
+    let stream = matrices[0].0.device().cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: takes numbers only, and asks what the device just bound is.
+    let suits =
+        unsafe { ffi::op_gemm_suits(dtype_code(dtype), rows as i64, inner as i64, columns as i64) };
+    Ok(suits != 0 && matrices.iter().all(alike))
 }
 
 /// `x weight^T + bias`, and `gelu` of that: one kernel, if there is one for these.
@@ -127,7 +129,7 @@ pub(crate) fn linear_gelu(
 ) -> Result<Option<(CudaStorage, CudaStorage)>> {
     let (rows, inner) = rows_and_columns(x.1.dims());
     let (columns, _) = rows_and_columns(weight.1.dims());
-    if !gemm_suits([rows, inner, columns], &[x, weight, bias]) {
+    if !gemm_suits([rows, inner, columns], &[x, weight, bias])? {
         return Ok(None);
     }
     let (device, dtype) = (x.0.device(), x.0.dtype());
@@ -157,7 +159,7 @@ pub(crate) fn gelu_linear_backward(
 ) -> Result<Option<(CudaStorage, CudaStorage, Tensor)>> {
     let (rows, columns) = rows_and_columns(x.1.dims());
     let (_, inner) = rows_and_columns(grad.1.dims());
-    if !gemm_suits([rows, inner, columns], &[x, grad, weight]) {
+    if !gemm_suits([rows, inner, columns], &[x, grad, weight])? {
         return Ok(None);
     }
     let (device, dtype) = (x.0.device(), x.0.dtype());

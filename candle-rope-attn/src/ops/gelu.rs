@@ -105,9 +105,8 @@ fn gelu_and_backward(x: &Tensor, grad: &Tensor) -> Result<(Tensor, Gradient)> {
             Ok((plain(y, x.shape()), plain(dx, x.shape()).into()))
         }
         #[cfg(feature = "cuda")]
-        (operand, grad) => {
-            cuda::gelu_and_backward(operand.cuda()?, grad.cuda()?).map(|found| on_cuda(found, x))
-        }
+        (operand, grad) => cuda::gelu_and_backward(operand.cuda()?, grad.cuda()?)
+            .map(|found| with_column_sum(found, x)),
         #[cfg(not(feature = "cuda"))]
         _ => candle_core::bail!("gelu: this program was built without CUDA"),
     }
@@ -126,7 +125,7 @@ pub(super) fn gelu_linear_backward(
         let weight = locked.2.operand()?;
         let fused = cuda::gelu_linear_backward(operand.cuda()?, grad.cuda()?, weight.cuda()?)?;
         if let Some(found) = fused {
-            return Ok(on_cuda(found, x));
+            return Ok(with_column_sum(found, x));
         }
     }
     let d_activated = product([grad, weight], [false, false], None, x.dtype())?;
@@ -135,7 +134,10 @@ pub(super) fn gelu_linear_backward(
 
 /// `gelu(x)`, and the gradient of x with its column sums.
 #[cfg(feature = "cuda")]
-fn on_cuda((y, dx, sums): (CudaStorage, CudaStorage, Tensor), x: &Tensor) -> (Tensor, Gradient) {
+fn with_column_sum(
+    (y, dx, sums): (CudaStorage, CudaStorage, Tensor),
+    x: &Tensor,
+) -> (Tensor, Gradient) {
     let dx = Gradient {
         column_sum: Some(sums),
         ..plain(Storage::Cuda(dx), x.shape()).into()

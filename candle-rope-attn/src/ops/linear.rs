@@ -263,9 +263,9 @@ impl Linear {
     }
 
     fn compute(&self, input: Input) -> Result<Storage> {
-        let x = match input {
+        let x = match &input {
             Input::Given => &self.x,
-            Input::Gelu(Some(activated)) => &activated.clone(),
+            Input::Gelu(Some(activated)) => activated,
             Input::Gelu(None) => &gelu(&self.x.detach())?,
         };
         let locked = (Locked::new(x), Locked::new(&self.weight));

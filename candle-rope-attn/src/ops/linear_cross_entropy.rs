@@ -12,9 +12,8 @@ use super::{cast, cross_entropy, linear, plain};
 use crate::operand::{Locked, Operand};
 use crate::tape;
 
-/// Bytes of the logits that exist at a time. With less, the gradient of the weight is read and written
-/// more often, and the products are too small for a large GPU: 3 chunks for 4,915 labels of 30,528
-/// took 1.5 ms on an H100, where the logits as a whole took 1.2.
+/// About the bytes of the logits that exist at a time. With less, the gradient of the weight is read and
+/// written more often, and the products are too small for a large GPU: `cuda/README.md` has times.
 const CHUNK_BYTES: usize = 320 << 20;
 
 /// Rows of a chunk are a multiple of these, so that chunks are aligned and of few sizes.
@@ -23,10 +22,11 @@ const ROWS: usize = 64;
 /// [`cross_entropy`] of [`linear`]: the mean over the rows, in nats; an f32 scalar.
 ///
 /// x is `[n, in]`, weight `[vocab, in]` and bias `[vocab]`, as of [`linear`]; labels are u32 `[n]`.
-/// On a [`Tape`](super::Tape) the logits `[n, vocab]` never exist as a whole. As in Liger Kernel (Hsu
-/// et al. 2024, <https://arxiv.org/abs/2410.10989>), the forward pass turns those of a chunk of rows
-/// into their gradient, and that into its part of the gradients of the arguments, summed in f32; the
-/// backward pass scales these, unless the gradient of the loss is 1.
+/// On a [`Tape`](super::Tape) some 320 MiB of the logits `[n, vocab]` exist at a time. As in Liger
+/// Kernel (Hsu et al. 2024, <https://arxiv.org/abs/2410.10989>), the forward pass turns those of a chunk
+/// of rows into their gradient, and that into its part of the gradients of the arguments, summed in
+/// f32; the backward pass scales these, unless the gradient of the loss is 1. A loss that is never
+/// differentiated costs as much as one that is.
 ///
 /// # Errors
 /// As [`linear`] and [`cross_entropy`].
@@ -106,10 +106,11 @@ impl Parts {
         let x = layer.x.detach().narrow(0, rows.start, rows.len())?;
         let labels = labels.narrow(0, rows.start, rows.len())?;
 
-        let bias = layer.bias.as_ref().map(Locked::new);
-        let bias = bias.as_ref().map(Locked::operand).transpose()?;
+        let bias_locked = layer.bias.as_ref().map(Locked::new);
+        let bias = bias_locked.as_ref().map(Locked::operand).transpose()?;
         let locked = (Locked::new(&x), Locked::new(&weight));
         let mut logits = dense(locked.0.operand()?, locked.1.operand()?, bias, None)?;
+        drop((locked, bias_locked));
         let losses = cross_entropy_in_place(&mut logits, &labels, vocab)?;
         self.losses.push(losses);
 

@@ -338,7 +338,8 @@ fn judge(case: &Case, dtype: DType, device: &Device, seed: u64) -> Result<Worst>
 
 /// What rounding alone may do to results that plain Candle happens to get exactly, such as the
 /// zero gradients of a query with one key: one rounding of the output shifts the delta of the
-/// backward pass, one rounding of the log-sum-exp to f32 scales a row's probabilities.
+/// backward pass, one rounding of the log-sum-exp, or of scores of its size, to f32 scales a row's
+/// probabilities.
 fn floors(
     case: &Case,
     inputs: &Inputs,

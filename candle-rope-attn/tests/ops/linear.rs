@@ -127,15 +127,18 @@ fn activates_first(device: &Device) -> Result<()> {
     )
 }
 
-/// x, weight and bias, and again, and the residual: at sizes for which Hopper has kernels with GELU.
-fn mlp_inputs(dtype: DType) -> [Input; 6] {
+/// Rows, features and inner features of an MLP.
+type MlpSizes = [usize; 3];
+
+/// x, weight and bias, and again, and the residual.
+fn mlp_inputs([rows, width, inner]: MlpSizes, dtype: DType) -> [Input; 6] {
     let shapes: [&[usize]; 6] = [
-        &[2, 150, 64],
-        &[128, 64],
-        &[128],
-        &[64, 128],
-        &[64],
-        &[2, 150, 64],
+        &[2, rows / 2, width],
+        &[inner, width],
+        &[inner],
+        &[width, inner],
+        &[width],
+        &[2, rows / 2, width],
     ];
     let mut seed = 0;
     shapes.map(|shape| {
@@ -149,29 +152,39 @@ fn mlp(x: &[Tensor]) -> candle_core::Result<Tensor> {
     mlp_add(&x[0], layer(1), layer(3), &x[5])
 }
 
-fn mlp_reference(inputs: &[Vec<f64>], grad: &[f64]) -> Reference {
-    let (hidden, _) = reference(&inputs[..3], &[], 64);
+fn mlp_reference([_, width, inner]: MlpSizes, inputs: &[Vec<f64>], grad: &[f64]) -> Reference {
+    let (hidden, _) = reference(&inputs[..3], &[], width);
     let outer = [&[hidden], &inputs[3..]].concat();
-    let (y, mut outer) = activated_reference(&outer, grad, 128);
-    let (_, mut grads) = reference(&inputs[..3], &outer.remove(0), 64);
+    let (y, mut outer) = activated_reference(&outer, grad, inner);
+    let (_, mut grads) = reference(&inputs[..3], &outer.remove(0), width);
     grads.append(&mut outer);
     (y, grads)
 }
 
 fn mlp_matches_reference(device: &Device) -> Result<()> {
+    let sizes = [300, 64, 128];
     compare(
         "mlp_add",
         device,
-        &mlp_inputs(DType::F32),
+        &mlp_inputs(sizes, DType::F32),
         mlp,
-        mlp_reference,
+        |inputs, grad| mlp_reference(sizes, inputs, grad),
     )
 }
 
-/// On the tape, where several roundings come between.
+/// On the tape, where several roundings come between. At sizes for which Hopper has kernels with GELU:
+/// fewer rows than a tile and more features than are in shared memory at a time, and more tiles than
+/// thread blocks.
 fn mlp_in_16_bits(device: &Device) -> Result<()> {
-    for (dtype, rounding) in [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)] {
-        let inputs = mlp_inputs(dtype);
+    let (bf16, f16) = ((DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0));
+    let cases = [
+        ([300, 64, 128], bf16),
+        ([300, 64, 128], f16),
+        ([100, 320, 320], f16),
+        ([9000, 128, 320], bf16),
+    ];
+    for (sizes, (dtype, rounding)) in cases {
+        let inputs = mlp_inputs(sizes, dtype);
         let vars = inputs
             .iter()
             .map(|input| Ok(input.var(device)?.as_tensor().clone()));
@@ -188,7 +201,7 @@ fn mlp_in_16_bits(device: &Device) -> Result<()> {
 
         let rounded = vars.iter().map(values);
         let rounded = rounded.collect::<Result<Vec<_>>>()?;
-        let (y, mut expected) = mlp_reference(&rounded, &values(&grad)?);
+        let (y, mut expected) = mlp_reference(sizes, &rounded, &values(&grad)?);
         expected.insert(0, y);
         for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
             let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));

@@ -15,14 +15,17 @@ device_tests!(
     half_split_pairs,
     interleaved_pairs,
     packed_sequences,
+    padded_sequences,
+    several_steps_and_few_rows,
+    more_tiles_than_blocks,
     without_a_bias,
     widths_without_a_kernel,
     without_positions,
 );
 
-const INNER: usize = 64;
-
 struct Case {
+    /// Features of x.
+    inner: usize,
     spec: AttentionSpec,
     sequences: Sequences,
     tokens: Vec<usize>,
@@ -34,6 +37,7 @@ impl Case {
         // Scores of about 1.
         let spec = AttentionSpec::new(num_heads, head_dim).with_softmax_scale(0.001);
         Self {
+            inner: 64,
             spec,
             sequences: Sequences::Dense,
             tokens: vec![2, 150],
@@ -63,7 +67,10 @@ impl Case {
 
     fn check_in(&self, device: &Device, dtype: DType, rounding: f64) -> Result<()> {
         let columns = 3 * self.spec.num_heads * self.spec.head_dim;
-        let mut shapes = vec![[&self.tokens[..], &[INNER]].concat(), vec![columns, INNER]];
+        let mut shapes = vec![
+            [&self.tokens[..], &[self.inner]].concat(),
+            vec![columns, self.inner],
+        ];
         if self.bias {
             shapes.push(vec![columns]);
         }
@@ -175,6 +182,26 @@ fn packed_sequences(device: &Device) -> Result<()> {
     let mut case = Case::new(2, 64).with_rope(RopePairing::HalfSplit)?;
     case.tokens = vec![331];
     case.sequences = Sequences::CuSeqlens(vec![0, 1, 1, 130, 331, 331]);
+    case.check(device)
+}
+
+fn padded_sequences(device: &Device) -> Result<()> {
+    let mut case = Case::new(2, 64).with_rope(RopePairing::HalfSplit)?;
+    case.sequences = Sequences::KeyLens(vec![150, 70]);
+    case.check(device)
+}
+
+fn several_steps_and_few_rows(device: &Device) -> Result<()> {
+    let mut case = Case::new(3, 64).with_rope(RopePairing::Interleaved)?;
+    case.inner = 320;
+    case.tokens = vec![1, 100];
+    case.check(device)
+}
+
+fn more_tiles_than_blocks(device: &Device) -> Result<()> {
+    let mut case = Case::new(2, 64).with_rope(RopePairing::HalfSplit)?;
+    case.inner = 128;
+    case.tokens = vec![100, 90];
     case.check(device)
 }
 
