@@ -27,7 +27,7 @@ done
 } | python3 -c '
 import json, sys
 for message in map(json.loads, sys.stdin):
-    if message["reason"] == "compiler-artifact" and message["executable"] and message["profile"]["test"]:
+    if message["reason"] == "compiler-artifact" and message["executable"] and message["target"]["kind"] != ["bin"]:
         kind, name = message["target"]["kind"][0], message["target"]["name"]
         folder = "bench" if kind == "bench" else "tests"
         print(message["executable"], folder + "/" + (name if kind != "lib" else "unit"), sep="\t")' |
