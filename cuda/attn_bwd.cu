@@ -557,8 +557,7 @@ int bwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_bwd_workspace_bytes(const AttnParams* p) {
-  const bool rotates = p->rope_cos != nullptr && p->rotated == nullptr && !p->qk_rotated;
-  const size_t rotated = rotates ? attn_rotated_bytes(p) : 0;
+  const size_t rotated = attn::rotates_in_workspace(*p) ? attn_rotated_bytes(p) : 0;
   return attn::stats_bytes(*p) + rotated + attn::block_buckets_bytes(*p);
 }
 

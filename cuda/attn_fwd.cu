@@ -189,8 +189,7 @@ int fwd(const AttnParams& params) {
 extern "C" {
 
 size_t attn_fwd_workspace_bytes(const AttnParams* p) {
-  const bool rotates_k = p->rope_cos != nullptr && p->rotated == nullptr && !p->qk_rotated;
-  return rotates_k ? attn::workspace_tensor_bytes(*p) : 0;
+  return attn::rotates_in_workspace(*p) ? attn::workspace_tensor_bytes(*p) : 0;
 }
 
 size_t attn_rotated_bytes(const AttnParams* p) { return 2 * attn::workspace_tensor_bytes(*p); }

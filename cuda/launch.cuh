@@ -121,6 +121,11 @@ int rotate(KernelParams p, const AttnTensor& from, const AttnTensor& to) {
                 blocks, kGroupThreads, 0, p.stream, p, from, to);
 }
 
+// Whether a call puts what it rotates into its workspace.
+inline bool rotates_in_workspace(const AttnParams& p) {
+  return p.rope_cos != nullptr && p.rotated == nullptr && !p.qk_rotated;
+}
+
 // The two tensors of AttnParams::rotated.
 inline AttnTensor rotated_tensor(const AttnParams& p, void* rotated, int which) {
   return workspace_tensor(p, static_cast<char*>(rotated) + which * workspace_tensor_bytes(p));

@@ -19,6 +19,7 @@ use crate::memory::PeakMeter;
 use crate::model::{LanguageModel, Tokens};
 use crate::parameters::Parameters;
 use crate::pretrain::{ModelSize, device_name, open_device};
+use crate::report::stats::quantile;
 use crate::train::{Learner, Precision, TrainConfig, explain_out_of_memory};
 use flops::forward_flops;
 use input::{Input, pad};
@@ -381,15 +382,7 @@ impl Bench<'_> {
             self.device.synchronize()?;
             seconds.push(start.elapsed().as_secs_f64() / round.len() as f64);
         }
-        Ok(median(seconds))
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() % 2 {
-        0 => (values[middle - 1] + values[middle]) / 2.0,
-        _ => values[middle],
+        seconds.sort_by(f64::total_cmp);
+        Ok(quantile(&seconds, 0.5))
     }
 }

@@ -7,7 +7,7 @@ mod claims;
 mod fairness;
 mod html;
 mod plot;
-mod stats;
+pub(crate) mod stats;
 mod summary;
 mod tables;
 

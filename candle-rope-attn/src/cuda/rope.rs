@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Shape};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::attention::{rows_at, sizes, upload_list};
 use super::ffi::AttnParams;
@@ -26,17 +26,12 @@ pub(crate) fn rotate(
 ) -> Result<(CudaStorage, Shape)> {
     let (device, dtype, shape) = (x.device(), x.dtype(), layout.shape());
     let mut out = alloc_storage(device, dtype, shape.elem_count())?;
-    let table = upload_table(device, rope, batch.seqlen)?;
-    let bounds = upload_bounds(device, batch)?;
+    let uploads = Uploads::new(device, rope, batch)?;
     let num_heads = layout.dims()[layout.dims().len() - 2];
 
     let stream = device.cuda_stream();
     let mut pointers = Pointers::new(&stream)?;
-    let mut params = sizes(batch, num_heads, rope.head_dim(), dtype, &pointers)?;
-    set_table(&mut params, rope, &table, &mut pointers);
-    if let Some(bounds) = &bounds {
-        params.cu_seqlens = pointers.read(bounds);
-    }
+    let mut params = uploads.params(rope, batch, num_heads, dtype, &mut pointers)?;
     let from = pointers.read_storage(x)?.cast_mut();
     params.q = rows_at(from, View::new(layout), dtype);
     let to = pointers.write_storage(&mut out)?;
@@ -64,17 +59,12 @@ pub(crate) fn linear_rotated(
         return Ok(None);
     }
     let (columns, inner) = rows_and_columns(weight.1.dims());
-    let table = upload_table(device, rope, batch.seqlen)?;
-    let bounds = upload_bounds(device, batch)?;
+    let uploads = Uploads::new(device, rope, batch)?;
     let mut qkv;
 
     let stream = device.cuda_stream();
     let mut pointers = Pointers::new(&stream)?;
-    let mut params = sizes(batch, num_heads, rope.head_dim(), dtype, &pointers)?;
-    set_table(&mut params, rope, &table, &mut pointers);
-    if let Some(bounds) = &bounds {
-        params.cu_seqlens = pointers.read(bounds);
-    }
+    let mut params = uploads.params(rope, batch, num_heads, dtype, &mut pointers)?;
     // SAFETY: only reads the parameters.
     if unsafe { ops_ffi::op_gemm_rope_suits(&params, inner as i64) } == 0 {
         return Ok(None);
@@ -96,11 +86,39 @@ pub(crate) fn linear_rotated(
     Ok(Some(qkv))
 }
 
-/// Where the sequences of packed tensors begin.
-fn upload_bounds(device: &CudaDevice, batch: &Batch) -> Result<Option<Rc<CudaSlice<i32>>>> {
-    match &batch.sequences {
-        Sequences::CuSeqlens(bounds) => upload_list(device, bounds).map(Some),
-        _ => Ok(None),
+/// What a rotation reads beside its tensors.
+struct Uploads {
+    table: Rc<CudaSlice<f32>>,
+    /// Where the sequences of packed tensors begin.
+    bounds: Option<Rc<CudaSlice<i32>>>,
+}
+
+impl Uploads {
+    fn new(device: &CudaDevice, rope: &Rope, batch: &Batch) -> Result<Self> {
+        Ok(Self {
+            table: upload_table(device, rope, batch.seqlen)?,
+            bounds: match &batch.sequences {
+                Sequences::CuSeqlens(bounds) => Some(upload_list(device, bounds)?),
+                _ => None,
+            },
+        })
+    }
+
+    /// The parameters of a call, but its tensors.
+    fn params<'a>(
+        &'a self,
+        rope: &Rope,
+        batch: &Batch,
+        num_heads: usize,
+        dtype: DType,
+        pointers: &mut Pointers<'a>,
+    ) -> Result<AttnParams> {
+        let mut params = sizes(batch, num_heads, rope.head_dim(), dtype, pointers)?;
+        set_table(&mut params, rope, &self.table, pointers);
+        if let Some(bounds) = &self.bounds {
+            params.cu_seqlens = pointers.read(bounds);
+        }
+        Ok(params)
     }
 }
 

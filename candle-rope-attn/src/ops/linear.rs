@@ -150,7 +150,7 @@ impl Linear {
 
     fn forward(self, input: Input) -> Result<Tensor> {
         let dtype = self.x.dtype();
-        if self.x.device().is_cpu() && dtype != DType::F32 {
+        if self.needs_f32() {
             return cast(&self.in_f32()?.forward(input)?, dtype);
         }
         let activate = matches!(input, Input::Gelu(_));
@@ -234,6 +234,11 @@ impl Linear {
             self.backward(activate, grad, gradients)
         });
         y
+    }
+
+    /// Whether the products of its device take f32 alone.
+    pub fn needs_f32(&self) -> bool {
+        self.x.device().is_cpu() && self.x.dtype() != DType::F32
     }
 
     pub fn in_f32(&self) -> Result<Self> {

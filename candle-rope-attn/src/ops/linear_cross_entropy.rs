@@ -49,7 +49,7 @@ pub fn linear_cross_entropy(
     }
     super::check_dtype(op, "labels", labels, DType::U32)?;
     super::check_shape(op, "labels", labels, &[x.dim(0)?], "the rows of x")?;
-    let layer = match x.device().is_cpu() && x.dtype() != DType::F32 {
+    let layer = match layer.needs_f32() {
         true => layer.in_f32()?,
         false => layer,
     };

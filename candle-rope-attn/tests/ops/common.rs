@@ -155,6 +155,40 @@ pub fn compare_with(
     Ok(())
 }
 
+/// The result of `op` and the gradients of its inputs on a tape, for a gradient of the result.
+pub fn on_tape(
+    inputs: &[Tensor],
+    grad: &Tensor,
+    op: impl Fn(&[Tensor]) -> candle_core::Result<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let ((y, loss), tape) = Tape::record(|| {
+        let y = op(inputs)?;
+        let loss = (&y * grad)?.sum_all()?;
+        Ok::<_, candle_core::Error>((y, loss))
+    })?;
+    let mut gradients = Gradients::default();
+    tape.backward(&loss, 1.0, &mut gradients)?;
+    let mut results = vec![y];
+    for input in inputs {
+        results.push(gradients.remove(input).context("a gradient is missing")?);
+    }
+    Ok(results)
+}
+
+/// Allows errors of a share of the largest value, where several roundings come between.
+pub fn assert_near(name: &str, got: &Tensor, expected: &[f64], share: f64) -> Result<()> {
+    let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
+    let got = values(got)?;
+    ensure!(got.len() == expected.len(), "{name}: {} values", got.len());
+    for (got, expected) in got.iter().zip(expected) {
+        ensure!(
+            (got - expected).abs() <= share * largest,
+            "{name}: got {got}, not {expected}, of at most {largest}"
+        );
+    }
+    Ok(())
+}
+
 /// Allows one rounding to the dtype of the result, and the rounding errors of f32 sums.
 pub fn assert_close(name: &str, got: &Tensor, expected: &[f64]) -> Result<()> {
     assert_close_with(name, got, expected, 0.0)

@@ -1,9 +1,10 @@
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{Gradients, Tape, gelu_linear_add, linear, linear_add, mlp_add};
+use candle_rope_attn::ops::{gelu_linear_add, linear, linear_add, mlp_add};
 
 use crate::common::{
-    DTYPES, Input, Reference, check_reference, compare, compare_with, device_tests, random, values,
+    DTYPES, Input, Reference, assert_near, check_reference, compare, compare_with, device_tests,
+    on_tape, random, values,
 };
 use crate::gelu;
 
@@ -191,26 +192,21 @@ fn mlp_in_16_bits(device: &Device) -> Result<()> {
         let vars = vars.collect::<Result<Vec<_>>>()?;
         let grad = Input::random(&inputs[5].shape, dtype, 7).var(device)?;
         let grad = grad.detach();
-        let (loss, tape) = Tape::record(|| (mlp(&vars)? * &grad)?.sum_all())?;
-        let mut gradients = Gradients::default();
-        tape.backward(&loss, 1.0, &mut gradients)?;
-        let mut got = vec![mlp(&vars)?];
-        for var in &vars {
-            got.push(gradients.remove(var).context("a gradient is missing")?);
-        }
+        let mut got = on_tape(&vars, &grad, mlp)?;
+        got.push(mlp(&vars)?);
 
         let rounded = vars.iter().map(values);
         let rounded = rounded.collect::<Result<Vec<_>>>()?;
         let (y, mut expected) = mlp_reference(sizes, &rounded, &values(&grad)?);
-        expected.insert(0, y);
-        for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-            let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
-            for (got, expected) in values(got)?.iter().zip(expected) {
-                ensure!(
-                    (got - expected).abs() <= 3.0 * rounding * largest,
-                    "{dtype:?}, result {i}: got {got}, not {expected}"
-                );
-            }
+        expected.insert(0, y.clone());
+        expected.push(y);
+        for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            assert_near(
+                &format!("{dtype:?}, result {i}"),
+                got,
+                expected,
+                3.0 * rounding,
+            )?;
         }
     }
     Ok(())

@@ -3,13 +3,13 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{Gradients, Tape, linear};
+use candle_rope_attn::ops::linear;
 use candle_rope_attn::{
     AttentionSpec, PositionEncoding, Rope, RopePairing, RopeScaling, Sequences,
     attention_projected, attention_qkvpacked,
 };
 
-use crate::common::{Input, device_tests, values};
+use crate::common::{Input, assert_near, device_tests, on_tape, values};
 
 device_tests!(
     half_split_pairs,
@@ -111,14 +111,8 @@ impl Case {
         )?;
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             ensure!(got.dims() == expected.dims());
-            let expected = values(expected)?;
-            let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
-            for (got, expected) in values(got)?.iter().zip(expected) {
-                ensure!(
-                    (got - expected).abs() <= 4.0 * rounding * largest,
-                    "result {i}: got {got}, not {expected}, of at most {largest}"
-                );
-            }
+            let (name, expected) = (format!("result {i}"), values(expected)?);
+            assert_near(&name, got, &expected, 4.0 * rounding)?;
         }
         Ok(())
     }
@@ -145,18 +139,9 @@ impl Case {
         let grad = Input::random(&shape, inputs[0].dtype, 7)
             .var(device)?
             .detach();
-        let ((y, loss), tape) = Tape::record(|| {
-            let y = attention(&vars[0], &vars[1], vars.get(2), &self.spec, &self.sequences)?;
-            let loss = (&y * &grad)?.sum_all()?;
-            Ok::<_, candle_core::Error>((y, loss))
-        })?;
-        let mut gradients = Gradients::default();
-        tape.backward(&loss, 1.0, &mut gradients)?;
-        let mut results = vec![y];
-        for var in &vars {
-            results.push(gradients.remove(var).context("a gradient is missing")?);
-        }
-        Ok(results)
+        on_tape(&vars, &grad, |x| {
+            attention(&x[0], &x[1], x.get(2), &self.spec, &self.sequences)
+        })
     }
 }
 
