@@ -519,10 +519,16 @@ int dq(BwdParams& p) {
 }
 
 template <class T>
+bool takes_sm90(KernelParams& p) {
+  p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o, &p.d_o, &p.dq, &p.dk, &p.dv});
+  return suits_sm90(p, {&p.q, &p.k, &p.v, &p.o, &p.d_o});
+}
+
+template <class T>
 int bwd(const AttnParams& params) {
   BwdParams p(params);
-  p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o, &p.d_o, &p.dq, &p.dk, &p.dv});
-  const bool hopper = suits_sm90(p, {&p.q, &p.k, &p.v, &p.o, &p.d_o});
+  const bool hopper = takes_sm90<T>(p);
+  if (p.d_qkv_sums != nullptr && !hopper) return ATTN_ERR_SUMS;
   char* workspace = static_cast<char*>(p.workspace);
   if (!hopper) {
     p.stats = reinterpret_cast<RowStats*>(workspace);
@@ -540,7 +546,7 @@ int bwd(const AttnParams& params) {
       workspace += attn_rotated_bytes(&p);
     }
   }
-  if (hopper) return bwd_sm90(p);
+  if (hopper) return bwd_sm90(p, reinterpret_cast<float*>(workspace));
   p.block_buckets = reinterpret_cast<float*>(workspace);
   return for_head_dim(p, [&]<int D>() -> int {
     if (p.bias_or_dropout()) {
@@ -558,15 +564,26 @@ extern "C" {
 
 size_t attn_bwd_workspace_bytes(const AttnParams* p) {
   const size_t rotated = attn::rotates_in_workspace(*p) ? attn_rotated_bytes(p) : 0;
-  return attn::stats_bytes(*p) + rotated + attn::block_buckets_bytes(*p);
+  return attn::stats_bytes(*p) + rotated +
+         std::max(attn::block_buckets_bytes(*p), attn::bwd_sm90_sums_bytes(*p));
+}
+
+int attn_bwd_sums_columns(const AttnParams* params) {
+  return attn::for_dtype(*params, [&]<class T>() {
+    attn::KernelParams p(*params);
+    return attn::takes_sm90<T>(p) ? 1 : 0;
+  });
 }
 
 int attn_bwd(const AttnParams* p) {
   if (p == nullptr) return ATTN_ERR_NULL;
   if (attn::empty(*p)) {
-    if (p->d_bias == nullptr) return ATTN_OK;
-    const size_t bytes = sizeof(float) * p->num_buckets * p->num_heads;
-    return cudaMemsetAsync(p->d_bias, 0, bytes, static_cast<cudaStream_t>(p->stream));
+    const auto zero = [&](float* sums, int64_t count) -> int {
+      if (sums == nullptr) return ATTN_OK;
+      return cudaMemsetAsync(sums, 0, sizeof(float) * count, static_cast<cudaStream_t>(p->stream));
+    };
+    ATTN_RETURN_IF(zero(p->d_qkv_sums, int64_t{3} * p->num_heads * p->head_dim));
+    return zero(p->d_bias, int64_t{p->num_buckets} * p->num_heads);
   }
   ATTN_RETURN_IF(attn::check(p, {p->q.ptr, p->k.ptr, p->v.ptr, p->o.ptr, p->d_o.ptr, p->dq.ptr,
                                  p->dk.ptr, p->dv.ptr, p->lse, p->workspace}));

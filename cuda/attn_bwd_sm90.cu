@@ -14,6 +14,8 @@
 //         await ds; ds = p * (ds - delta)
 //         start dv += p b1 (dk, dv only), start dq or dk += ds b0
 //       dq, dk *= scale; if RoPE, rotate them back in registers
+//       if asked for, add the sums of their columns, and of dv's, to the warp's own partial sums
+//   if asked for: d_qkv_sums = the sums of all partial sums
 //
 // In both launches p and ds come out of the products as the A operands of the next, so they never
 // leave registers. The price is 7 products instead of 5; what it saves is the trip of ds through
@@ -27,6 +29,8 @@
 //      registers run out and the compiler serialises the products.
 //   3. head_dim 128: turns at the tensor cores: 366 -> 388 (512), 489 -> 533 (2048). head_dim 64 is
 //      1% faster without, as its products outlast its exponentials anyway.
+//   4. d_qkv_sums from registers, instead of by a kernel that reads dq, dk and dv again.
+#include "ops.cuh"
 #include "sm90_common.cuh"
 
 namespace attn {
@@ -78,15 +82,23 @@ inline int64_t stats_rows(const AttnParams& p) {
   return (p.total_tokens + int64_t{kPadding} * p.batch + 3) / 4 * 4;
 }
 
+// Partial sums of columns: of each warp that consumes a row [3, num_heads, head_dim], for dq, dk and dv.
+// As blocks get their work in a fixed order, so do the sums.
+inline int64_t sums_columns(const AttnParams& p) {
+  return int64_t{3} * p.num_heads * p.head_dim;
+}
+
 struct BwdSm90Params : Sm90Params {
   CUtensorMap a_maps[3], b_maps[2];
   float* lse_log2;
   float* delta;
+  float* sums;
   int64_t stats_rows;
 
-  BwdSm90Params(const KernelParams& p, int rows)
+  BwdSm90Params(const KernelParams& p, int rows, float* sums)
       : Sm90Params(p, rows),
         lse_log2(static_cast<float*>(p.workspace)),
+        sums(sums),
         stats_rows(attn::stats_rows(p)) {
     delta = lse_log2 + stats_rows * num_heads;
   }
@@ -362,6 +374,12 @@ __device__ __forceinline__ void consume(const BwdSm90Params& p) {
     // All warps of the group are done with their rows of a: stage the results there.
     sync_group(1 + group, 128);
     if (rope.cos != nullptr) rotate_back<D>(d0, rope, warp_row0, len);
+    if (p.d_qkv_sums != nullptr) {
+      float* const sums = p.sums + (int64_t{blockIdx.x} * (S::kConsumers / 32) + warp) * 3 * p.num_heads * D;
+      const auto of = [&](int which) { return sums + (which * p.num_heads + item.head) * D; };
+      add_column_sums<D>(d0, warp_row0, len, p.softmax_scale, of(kKeys ? 1 : 0));
+      if constexpr (kKeys) add_column_sums<D>(dv, warp_row0, len, 1.0f, of(2));
+    }
     const float scale[2] = {p.softmax_scale, p.softmax_scale};
     const AttnTensor& d = kKeys ? p.dk : p.dq;
     store_rows<T, D, kM>(a[0], warp_row, d0, scale,
@@ -407,9 +425,9 @@ __global__ void __launch_bounds__(BwdSm90<D, kKeys>::kThreads, 1)
 }
 
 template <class T, int D, bool kKeys>
-int bwd(const KernelParams& params) {
+int bwd(const KernelParams& params, float* sums) {
   using S = BwdSm90<D, kKeys>;
-  BwdSm90Params p(params, S::kM);
+  BwdSm90Params p(params, S::kM, sums);
   const AttnTensor* const a[] = {kKeys ? &p.k : &p.q, kKeys ? &p.v : &p.d_o, &p.o};
   const AttnTensor* const b[] = {kKeys ? &p.q : &p.k, kKeys ? &p.d_o : &p.v};
   for (int i = 0; i < S::kResident; ++i) ATTN_RETURN_IF(tile_map(p, *a[i], S::kM, p.a_maps[i]));
@@ -422,11 +440,31 @@ size_t bwd_sm90_stats_bytes(const AttnParams& p) {
   return (2 * sizeof(float) * p.num_heads * stats_rows(p) + 255) / 256 * 256;
 }
 
-int bwd_sm90(const KernelParams& p) {
+// Rows of partial sums: one for every warp of every thread block.
+int64_t sums_rows(const AttnParams& p) {
   return for_sm90(p, [&]<class T, int D>() {
-    ATTN_RETURN_IF((bwd<T, D, false>(p)));  // makes the statistics that the other launch reads
-    return bwd<T, D, true>(p);
+    using S = BwdSm90<D, true>;
+    static_assert(S::kM == BwdSm90<D, false>::kM, "both launches have the same thread blocks");
+    const int units = Sm90Params(KernelParams(p), S::kM).units;
+    return std::clamp(units, 0, kMostMultiprocessors) * (S::kConsumers / 32);
   });
+}
+
+size_t bwd_sm90_sums_bytes(const AttnParams& p) {
+  return p.d_qkv_sums == nullptr ? 0 : sizeof(float) * sums_rows(p) * sums_columns(p);
+}
+
+int bwd_sm90(const KernelParams& p, float* sums) {
+  if (p.d_qkv_sums != nullptr) {
+    ATTN_RETURN_IF(cudaMemsetAsync(sums, 0, bwd_sm90_sums_bytes(p),
+                                   static_cast<cudaStream_t>(p.stream)));
+  }
+  ATTN_RETURN_IF(for_sm90(p, [&]<class T, int D>() -> int {
+    ATTN_RETURN_IF((bwd<T, D, false>(p, sums)));  // makes the statistics that the other launch reads
+    return bwd<T, D, true>(p, sums);
+  }));
+  if (p.d_qkv_sums == nullptr) return ATTN_OK;
+  return sum_partials(sums, p.d_qkv_sums, sums_rows(p), sums_columns(p), p.stream);
 }
 
 }  // namespace attn

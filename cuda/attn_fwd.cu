@@ -216,6 +216,7 @@ const char* attn_error_string(int code) {
     case ATTN_ERR_BIAS:
       return "d_bias needs bias and bias_buckets, and 1 to 1024 buckets";
     case ATTN_ERR_DROPOUT: return "dropout_p must be in [0, 1)";
+    case ATTN_ERR_SUMS: return "d_qkv_sums needs a call for which attn_bwd_sums_columns says 1";
     default: return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }

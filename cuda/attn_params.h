@@ -41,6 +41,7 @@ enum AttnError {
   ATTN_ERR_SHARED_MEMORY = -7,  // the device lacks the shared memory (f32 backward, head_dim > 128)
   ATTN_ERR_BIAS = -8,     // d_bias without bias or bias_buckets, or num_buckets outside 1..=1024
   ATTN_ERR_DROPOUT = -9,  // dropout_p outside [0, 1)
+  ATTN_ERR_SUMS = -10,    // d_qkv_sums where attn_bwd_sums_columns says 0
 };
 
 typedef struct AttnParams {
@@ -64,6 +65,10 @@ typedef struct AttnParams {
   // the distances d with bias_buckets[d + seqlen - 1] = bucket.
   const int32_t* bias_buckets;
   float* d_bias;
+  // For the backward, null or where attn_bwd_sums_columns: sums over all tokens of dq, dk and dv before
+  // they are rounded, f32 [3, num_heads, head_dim]. They are the gradient of the bias of a layer that
+  // makes q, k and v.
+  float* d_qkv_sums;
   // attn_fwd_workspace_bytes or attn_bwd_workspace_bytes bytes, 16-byte aligned; its contents need
   // not survive between calls.
   void* workspace;
@@ -93,10 +98,10 @@ typedef struct AttnParams {
 
 ATTN_STATIC_ASSERT(sizeof(AttnTensor) == 32, "AttnTensor layout");
 ATTN_STATIC_ASSERT(offsetof(AttnParams, lse) == 256, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 328, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 352, "AttnParams layout");
-ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 416, "AttnParams layout");
-ATTN_STATIC_ASSERT(sizeof(AttnParams) == 424, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, workspace) == 336, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, total_tokens) == 360, "AttnParams layout");
+ATTN_STATIC_ASSERT(offsetof(AttnParams, dropout_p) == 424, "AttnParams layout");
+ATTN_STATIC_ASSERT(sizeof(AttnParams) == 432, "AttnParams layout");
 
 // Bytes of workspace that a call with these parameters needs (no device access; pointers are only
 // compared with null). 0 means workspace may be null.
@@ -105,6 +110,10 @@ size_t attn_bwd_workspace_bytes(const AttnParams* params);
 
 // Bytes that AttnParams::rotated needs.
 size_t attn_rotated_bytes(const AttnParams* params);
+
+// Whether attn_bwd with these parameters, whose tensors are set, can write AttnParams::d_qkv_sums on the
+// current device: 1 or 0.
+int attn_bwd_sums_columns(const AttnParams* params);
 
 // Enqueue on params->stream of the current device. Return ATTN_OK, an AttnError, or a cudaError_t;
 // nothing was enqueued after an AttnError.

@@ -76,13 +76,16 @@ struct Place {
   }
 };
 
+constexpr int kMostMultiprocessors = 144;  // of any device of compute capability 9.0
+
 template <class Kernel, class Params>
 int launch_persistent(Kernel kernel, int threads, size_t smem, const Params& p) {
   if (p.units < 0) return ATTN_ERR_SIZE;
   int device, count;
   ATTN_RETURN_IF(cudaGetDevice(&device));
   ATTN_RETURN_IF(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return launch(kernel, std::min(count, p.units), threads, smem, p.stream, p);
+  const int blocks = std::min({count, kMostMultiprocessors, p.units});
+  return launch(kernel, blocks, threads, smem, p.stream, p);
 }
 
 // ---- Tiles and accumulators --------------------------------------------------------------------
@@ -197,6 +200,45 @@ __device__ __forceinline__ void rotate_back(float (&x)[D / 8][4], const Rope& ro
         turn(x[n][2 * h + e], x[n + D / 16][2 * h + e], 8 * n + 2 * t + e);
       }
     }
+  }
+}
+
+// Of lanes that hold parts of the same sums, 4, 8 and 16 apart, each gives another one half of its parts
+// for that one's of the other half, and so on: in the end each lane has an eighth of the sums.
+template <int kHalf, int kLanes, int N>
+__device__ __forceinline__ void share_sums(float (&sum)[N][2], int lane) {
+  const bool upper = (lane & kLanes) != 0;
+#pragma unroll
+  for (int n = 0; n < kHalf; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float give = upper ? sum[n][e] : sum[n + kHalf][e];
+      const float keep = upper ? sum[n + kHalf][e] : sum[n][e];
+      sum[n][e] = keep + __shfl_xor_sync(~0u, give, kLanes);
+    }
+  }
+  if constexpr (kLanes > 4) share_sums<kHalf / 2, kLanes / 2>(sum, lane);
+}
+
+// Adds scale times the sums of the columns of a warp's 16 rows from row0 on, but not from `end` on, to
+// `to`, which no other warp writes.
+template <int D>
+__device__ __forceinline__ void add_column_sums(const float (&x)[D / 8][4], int row0, int end,
+                                                float scale, float* to) {
+  const int lane = lane_id(), row = row0 + lane / 4;
+  float sum[D / 8][2];
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      sum[n][e] = (row < end ? x[n][e] : 0.0f) + (row + 8 < end ? x[n][2 + e] : 0.0f);
+    }
+  }
+  share_sums<D / 16, 16>(sum, lane);
+#pragma unroll
+  for (int n = 0; n < D / 64; ++n) {
+    const int column = 8 * (lane / 4 * (D / 64) + n) + lane % 4 * 2;
+    add_to_global(to + column, sum[n][0] * scale, sum[n][1] * scale);
   }
 }
 

@@ -30,7 +30,7 @@ class Tensor(ctypes.Structure):
 
 TENSORS = ["q", "k", "v", "o", "d_o", "dq", "dk", "dv"]
 POINTERS = ["lse", "cu_seqlens", "key_lens", "key_mask", "rope_cos", "rope_sin", "bias", "bias_buckets",
-            "d_bias", "workspace", "rotated", "stream"]
+            "d_bias", "d_qkv_sums", "workspace", "rotated", "stream"]
 INTS = ["batch", "seqlen", "num_heads", "head_dim", "dtype", "causal", "window_left",
         "window_right", "rope_interleaved", "num_buckets", "qk_rotated"]
 
@@ -43,7 +43,7 @@ class Params(ctypes.Structure):
                 + [("softmax_scale", ctypes.c_float), ("dropout_p", ctypes.c_float)])
 
 
-assert ctypes.sizeof(Params) == 424
+assert ctypes.sizeof(Params) == 432
 
 
 def load(path):
@@ -53,6 +53,7 @@ def load(path):
         workspace = getattr(lib, name + "_workspace_bytes")
         workspace.argtypes, workspace.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
     lib.attn_rotated_bytes.argtypes, lib.attn_rotated_bytes.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
+    lib.attn_bwd_sums_columns.argtypes = [ctypes.POINTER(Params)]
     lib.attn_bias_table.argtypes = ([ctypes.c_void_p] * 3 + [ctypes.c_int32] * 2 + [ctypes.c_void_p])
     lib.attn_error_string.restype = ctypes.c_char_p
     return lib
@@ -276,6 +277,12 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
         a.params.num_buckets = num_buckets
     a.params.lse = lse.data_ptr()
     a.set(o=one(o), d_o=one(g), dq=one(dq), dk=one(dk), dv=one(dv))
+    sums = torch.full((3, heads, d), float("nan"), device="cuda")
+    with_sums = lib.attn_bwd_sums_columns(ctypes.byref(a.params)) == 1
+    if with_sums and sum(lens) % 4 != 3:
+        a.params.d_qkv_sums = sums.data_ptr()
+    else:
+        with_sums = False
     rotation = (sum(lens) + d) % 3 if rope != "none" else 0
     if rotation == 1:
         a.keep_rotated()
@@ -286,18 +293,18 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
     problems = []
     for which in ("attn_fwd", "attn_bwd", "attn_bwd"):
         space, size = a.workspace(which)
-        first, first_d_weight = out.clone(), d_weight.clone()
+        first = [x.clone() for x in (out, d_weight, sums)]
         a.call(which)
         torch.cuda.synchronize()
         if not space[(size + 3) // 4:].isnan().all():
             problems.append("workspace overrun")
-    if not (torch.equal(out, first) and torch.equal(d_weight.nan_to_num(7.0), first_d_weight.nan_to_num(7.0))):
+    if not all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip((out, d_weight, sums), first)):
         problems.append("backward is not deterministic")
     if gap and not (out_base[..., d:].isnan().all() and base[..., d:].isnan().all()):
         problems.append("wrote between rows")
     ratios = {}
     if not reference:
-        if out.isnan().any() or lse.isnan().any() or bias != "none" and d_weight.isnan().any():
+        if out.isnan().any() or lse.isnan().any() or with_sums and sums.isnan().any() or bias != "none" and d_weight.isnan().any():
             problems.append("NaN")
         return ratios, problems
     eps = torch.finfo(T).eps
@@ -307,6 +314,14 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
     floors = {"dq": row_error * k.abs().max(), "dk": row_error * q.abs().max(),
               "d_bias": delta_error * math.sqrt(batch * rows)}
     results = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "d_bias": d_weight}
+    if with_sums:
+        wanted = torch.stack([x.sum((0, 1)) for x in exact[2:5]])
+        # Each number to be added has its error, and errors add up like the steps of a random walk.
+        error = torch.stack([(x.double() - y).square().sum((0, 1)).sqrt() for x, y in zip(same[2:5], exact[2:5])])
+        rounding = eps * torch.stack([x.square().sum((0, 1)).sqrt() for x in exact[2:5]])
+        floor = torch.tensor([floors["dq"], floors["dk"], 0.0], device="cuda")[:, None, None] * math.sqrt(batch * rows)
+        ratio = ((sums.double() - wanted).abs() / (8 * (error + rounding + floor) + 1e-4)).max().item()
+        ratios["sums"] = math.inf if math.isnan(ratio) else ratio
     for (name, got), want, other in zip(results.items(), exact, same):
         got = got.double()
         if name == "lse":

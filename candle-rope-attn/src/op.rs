@@ -17,7 +17,7 @@ use crate::ops::linear;
 #[cfg(feature = "cuda")]
 use crate::ops::linear_rotated;
 use crate::spec::{AttentionSpec, PositionEncoding, Sequences};
-use crate::tape;
+use crate::tape::{self, Gradient};
 
 /// `softmax(softmax_scale * q k^T + bias) v` of each head and sequence, with q and k rotated
 /// first where the encoding is RoPE.
@@ -94,10 +94,12 @@ pub fn attention_projected(
         if let Some(qkv) = linear_rotated(x, weight, bias, rope, &batch, spec.num_heads)? {
             let mut op = Attention::new(spec, batch, &[&qkv], true);
             op.qk_rotated = true;
-            return tape::apply1(op, &qkv);
+            return op.apply_projected(&qkv, bias);
         }
     }
-    attention_qkvpacked(&linear(x, weight, bias)?, spec, sequences)
+    no_weight(spec)?;
+    let (qkv, flat, batch) = packed(&linear(x, weight, bias)?, spec, sequences)?;
+    Attention::new(spec, batch, &[&qkv], flat).apply_projected(&qkv, bias)
 }
 
 /// As [`attention`] with [`PositionEncoding::RelativeBias`], whose `weight`
@@ -294,6 +296,29 @@ impl Attention {
         }
     }
 
+    /// Runs the operation on what a linear layer made with `bias`: on a tape, the backward pass gives the
+    /// layer the gradient of its bias, where the kernels have that at hand.
+    fn apply_projected(self, qkv: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if !tape::records(&[qkv]) {
+            return qkv.apply_op1(self);
+        }
+        let sum_columns = bias.is_some_and(Tensor::track_op);
+        let out = tape::run1(&self, qkv)?;
+        let (qkv, saved) = (qkv.clone(), out.clone());
+        tape::push(NAME, &out, move |grad, gradients| {
+            let found = self.backward(&[&qkv], None, &saved, &grad.value, sum_columns)?;
+            let column_sum = found.column_sums;
+            found.inputs.into_iter().try_for_each(|value| {
+                let grad = Gradient {
+                    column_sum: column_sum.clone(),
+                    ..value.into()
+                };
+                gradients.add(&qkv, grad)
+            })
+        });
+        Ok(out)
+    }
+
     /// `inputs` are q, k and v, or the packed tensor.
     fn cpu_forward(
         &self,
@@ -345,14 +370,16 @@ impl Attention {
         Ok((found.out, self.output_shape()))
     }
 
-    /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight.
+    /// Gradients of `inputs`, which are as in the forward pass, and of the bias weight; with
+    /// `sum_columns` also [`AttentionGradients::column_sums`].
     fn backward(
         &self,
         inputs: &[&Tensor],
         weight: Option<&Tensor>,
         out: &Tensor,
         d_out: &Tensor,
-    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        sum_columns: bool,
+    ) -> Result<AttentionGradients> {
         let Some(lse) = self.lse.as_ref().and_then(OnceLock::get) else {
             bail!("attention: the backward pass needs a forward pass that tracked gradients")
         };
@@ -362,33 +389,54 @@ impl Attention {
             let out = unflatten(out, &self.heads_shape())?;
             let d_out = unflatten(d_out, &self.heads_shape())?;
             let saved = [&out, &d_out, lse];
-            let (d_qkv, d_weight) =
-                self.device_backward(&[&unflatten(inputs[0], &qkv)?], weight, saved)?;
-            let d_qkv = d_qkv.iter().map(|x| x.reshape(inputs[0].shape()));
-            return Ok((d_qkv.collect::<Result<_>>()?, d_weight));
+            let qkv = unflatten(inputs[0], &qkv)?;
+            let mut found = self.device_backward(&[&qkv], weight, saved, sum_columns)?;
+            for d_qkv in &mut found.inputs {
+                *d_qkv = d_qkv.reshape(inputs[0].shape())?;
+            }
+            return Ok(found);
         }
-        self.device_backward(inputs, weight, [out, &contiguous_rows(d_out)?, lse])
+        let saved = [out, &contiguous_rows(d_out)?, lse];
+        self.device_backward(inputs, weight, saved, sum_columns)
     }
 
     /// The same of tensors with all their axes; `saved` are the output, its gradient and the
     /// log-sum-exp.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
     fn device_backward(
         &self,
         inputs: &[&Tensor],
         weight: Option<&Tensor>,
         saved: [&Tensor; 3],
-    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        sum_columns: bool,
+    ) -> Result<AttentionGradients> {
         match inputs[0].device() {
             Device::Cpu => cpu::backward(&self.spec, &self.batch, inputs, weight, saved),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => {
-                let (spec, batch, rotated) = (&self.spec, &self.batch, self.rotated.get());
-                let before = self.qk_rotated;
-                cuda::attention::backward(spec, batch, inputs, weight, saved, before, rotated)
-            }
+            Device::Cuda(_) => cuda::attention::backward(
+                &self.spec,
+                &self.batch,
+                inputs,
+                weight,
+                saved,
+                self.qk_rotated,
+                self.rotated.get(),
+                sum_columns,
+            ),
             device => bail!("attention: no backward pass on {:?}", device.location()),
         }
     }
+}
+
+/// Results of a backward pass.
+pub(crate) struct AttentionGradients {
+    /// Of each input.
+    pub inputs: Vec<Tensor>,
+    /// Of the bias weight.
+    pub weight: Option<Tensor>,
+    /// Sums of dq, dk and dv over all tokens, f32 `[3 * num_heads * head_dim]`, if they were asked for
+    /// and the kernels had them at hand.
+    pub column_sums: Option<Tensor>,
 }
 
 const NAME: &str = "attention";
@@ -408,8 +456,8 @@ impl CustomOp1 for Attention {
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, d_out: &Tensor) -> Result<Option<Tensor>> {
-        let (mut gradients, _) = self.backward(&[qkv], None, out, d_out)?;
-        Ok(gradients.pop())
+        let mut found = self.backward(&[qkv], None, out, d_out, false)?;
+        Ok(found.inputs.pop())
     }
 }
 
@@ -446,8 +494,8 @@ impl CustomOp2 for Attention {
         out: &Tensor,
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (mut gradients, d_weight) = self.backward(&[qkv], Some(weight), out, d_out)?;
-        Ok((gradients.pop(), d_weight))
+        let mut found = self.backward(&[qkv], Some(weight), out, d_out, false)?;
+        Ok((found.inputs.pop(), found.weight))
     }
 }
 
@@ -489,8 +537,8 @@ impl CustomOp3 for Attention {
         out: &Tensor,
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (gradients, _) = self.backward(&[q, k, v], None, out, d_out)?;
-        let mut gradients = gradients.into_iter();
+        let found = self.backward(&[q, k, v], None, out, d_out, false)?;
+        let mut gradients = found.inputs.into_iter();
         Ok((gradients.next(), gradients.next(), gradients.next()))
     }
 }

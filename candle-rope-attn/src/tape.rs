@@ -316,11 +316,7 @@ pub(crate) fn apply1<C: CustomOp1 + Send + Sync + 'static>(op: C, x: &Tensor) ->
     if !records(&[x]) {
         return x.apply_op1(op);
     }
-    let y = run(x, |storage, layout| match storage {
-        Storage::Cpu(x) => op.cpu_fwd(x, layout).map(on_cpu),
-        Storage::Cuda(x) => op.cuda_fwd(x, layout).map(on_cuda),
-        Storage::Metal(x) => op.metal_fwd(x, layout).map(on_metal),
-    })?;
+    let y = run1(&op, x)?;
     let (x, saved) = (x.clone(), y.clone());
     push(op.name(), &y, move |grad, gradients| {
         add_all([(&x, op.bwd(&x, &saved, &grad.value)?)], gradients)
@@ -371,7 +367,16 @@ pub(crate) fn apply3<C: CustomOp3 + Send + Sync + 'static>(
     Ok(y)
 }
 
-/// Computes the result of an operation of three inputs, to be recorded with [`push`].
+/// Computes the result of an operation of one input, to be recorded with [`push`].
+pub(crate) fn run1(op: &impl CustomOp1, x: &Tensor) -> Result<Tensor> {
+    run(x, |storage, layout| match storage {
+        Storage::Cpu(x) => op.cpu_fwd(x, layout).map(on_cpu),
+        Storage::Cuda(x) => op.cuda_fwd(x, layout).map(on_cuda),
+        Storage::Metal(x) => op.metal_fwd(x, layout).map(on_metal),
+    })
+}
+
+/// As [`run1`], of three inputs.
 pub(crate) fn run3(op: &impl CustomOp3, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
     let ((b_storage, b_layout), (c_storage, c_layout)) =
         (b.storage_and_layout(), c.storage_and_layout());

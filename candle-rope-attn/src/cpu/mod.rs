@@ -24,6 +24,7 @@ use rayon::prelude::*;
 
 use crate::batch::{Batch, View, qkv_views};
 use crate::element::Element;
+use crate::op::AttentionGradients;
 use crate::operand::Locked;
 use crate::ops::cpu::{with_element, zeros};
 use crate::philox::DropoutMask;
@@ -70,7 +71,7 @@ pub(crate) fn backward(
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
     saved: [&Tensor; 3],
-) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+) -> Result<AttentionGradients> {
     with_element!(inputs[0].dtype(), T => backward_in::<T>(spec, batch, inputs, weight, saved))
 }
 
@@ -80,7 +81,7 @@ fn backward_in<T: Element>(
     inputs: &[&Tensor],
     weight: Option<&Tensor>,
     saved: [&Tensor; 3],
-) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+) -> Result<AttentionGradients> {
     let locked: Vec<_> = (inputs.iter().copied().chain(weight))
         .map(Locked::new)
         .collect();
@@ -109,13 +110,15 @@ fn backward_in<T: Element>(
         view,
     });
     let d_weight = call.backward(&saved, rows);
-    let gradients = (gradients.into_iter().zip(inputs))
-        .map(|(gradient, x)| Tensor::from_vec(gradient, x.shape(), &Device::Cpu))
-        .collect::<Result<_>>()?;
-    let d_weight = (d_weight.zip(weight))
-        .map(|(gradient, weight)| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu))
-        .transpose()?;
-    Ok((gradients, d_weight))
+    Ok(AttentionGradients {
+        inputs: (gradients.into_iter().zip(inputs))
+            .map(|(gradient, x)| Tensor::from_vec(gradient, x.shape(), &Device::Cpu))
+            .collect::<Result<_>>()?,
+        weight: (d_weight.zip(weight))
+            .map(|(gradient, weight)| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu))
+            .transpose()?,
+        column_sums: None,
+    })
 }
 
 /// What all heads of a call share.

@@ -10,6 +10,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 use super::ffi::{self, AttnParams, AttnTensor};
 use super::{Pointers, alloc, alloc_storage, check, dtype_code, rope, tensor, upload};
 use crate::batch::{Batch, View, qkv_views};
+use crate::op::AttentionGradients;
 use crate::operand::Locked;
 use crate::position::{BiasTable, distances};
 use crate::spec::{Alibi, AttentionSpec, PositionEncoding, RelativeBias, Sequences, Window};
@@ -75,7 +76,8 @@ pub(crate) fn forward(
 }
 
 /// Gradients of `inputs` and `weight`, which are as in [`forward`], from the output, its gradient
-/// and the log-sum-exp; and from [`Forward::rotated`].
+/// and the log-sum-exp; and from [`Forward::rotated`]. With `sum_columns` also their sums, if the
+/// kernels have these at hand.
 pub(crate) fn backward(
     spec: &AttentionSpec,
     batch: &Batch,
@@ -84,7 +86,8 @@ pub(crate) fn backward(
     saved: [&Tensor; 3],
     qk_rotated: bool,
     rotated: Option<&Tensor>,
-) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+    sum_columns: bool,
+) -> Result<AttentionGradients> {
     let locked: Vec<_> = (inputs.iter().copied().chain(weight))
         .map(Locked::new)
         .collect();
@@ -107,7 +110,7 @@ pub(crate) fn backward(
         .map(|x| alloc_for(x))
         .collect::<Result<Vec<_>>>()?;
     let mut d_weight = weight.map(alloc_for).transpose()?;
-    let mut workspace;
+    let (mut column_sums, mut workspace) = (None, None);
 
     let mut pointers = Pointers::new(&stream)?;
     let mut params = call.params(&tables, &mut pointers)?;
@@ -132,20 +135,28 @@ pub(crate) fn backward(
     if let Some(buckets) = &tables.buckets {
         params.bias_buckets = pointers.read(buckets);
     }
+    let columns = 3 * spec.num_heads * spec.head_dim;
+    // SAFETY: only reads the parameters.
+    if sum_columns && unsafe { ffi::attn_bwd_sums_columns(&params) } != 0 {
+        let storage = alloc_storage(call.device(), DType::F32, columns)?;
+        params.d_qkv_sums = pointers.write_storage(column_sums.insert(storage))?.cast();
+    }
     // SAFETY: only reads the parameters.
     let bytes = unsafe { ffi::attn_bwd_workspace_bytes(&params) };
-    workspace = alloc::<u8>(call.device(), bytes)?;
-    params.workspace = pointers.write(&mut workspace).cast();
+    let workspace = workspace.insert(alloc::<u8>(call.device(), bytes)?);
+    params.workspace = pointers.write(workspace).cast();
     // SAFETY: as in `forward`.
     let code = unsafe { ffi::attn_bwd(&params) };
     check(code, || call.describe("backward"))?;
     drop(pointers);
 
-    let gradients = (gradients.into_iter().zip(inputs))
-        .map(|(gradient, x)| tensor(gradient, x.shape()))
-        .collect();
-    let d_weight = (d_weight.zip(weight)).map(|(gradient, x)| tensor(gradient, x.shape()));
-    Ok((gradients, d_weight))
+    Ok(AttentionGradients {
+        inputs: (gradients.into_iter().zip(inputs))
+            .map(|(gradient, x)| tensor(gradient, x.shape()))
+            .collect(),
+        weight: (d_weight.zip(weight)).map(|(gradient, x)| tensor(gradient, x.shape())),
+        column_sums: column_sums.map(|sums| tensor(sums, columns)),
+    })
 }
 
 /// What both passes share.

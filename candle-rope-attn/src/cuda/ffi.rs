@@ -41,6 +41,7 @@ pub(crate) struct AttnParams {
     pub bias: *const f32,
     pub bias_buckets: *const i32,
     pub d_bias: *mut f32,
+    pub d_qkv_sums: *mut f32,
     pub workspace: *mut c_void,
     pub rotated: *mut c_void,
     pub stream: *mut c_void,
@@ -64,15 +65,16 @@ pub(crate) struct AttnParams {
 // The same as in the header.
 const _: () = assert!(size_of::<AttnTensor>() == 32);
 const _: () = assert!(offset_of!(AttnParams, lse) == 256);
-const _: () = assert!(offset_of!(AttnParams, workspace) == 328);
-const _: () = assert!(offset_of!(AttnParams, total_tokens) == 352);
-const _: () = assert!(offset_of!(AttnParams, dropout_p) == 416);
-const _: () = assert!(size_of::<AttnParams>() == 424);
+const _: () = assert!(offset_of!(AttnParams, workspace) == 336);
+const _: () = assert!(offset_of!(AttnParams, total_tokens) == 360);
+const _: () = assert!(offset_of!(AttnParams, dropout_p) == 424);
+const _: () = assert!(size_of::<AttnParams>() == 432);
 
 unsafe extern "C" {
     pub(crate) fn attn_fwd_workspace_bytes(params: *const AttnParams) -> usize;
     pub(crate) fn attn_bwd_workspace_bytes(params: *const AttnParams) -> usize;
     pub(crate) fn attn_rotated_bytes(params: *const AttnParams) -> usize;
+    pub(crate) fn attn_bwd_sums_columns(params: *const AttnParams) -> c_int;
     pub(crate) fn attn_fwd(params: *const AttnParams) -> c_int;
     pub(crate) fn attn_bwd(params: *const AttnParams) -> c_int;
     pub(crate) fn attn_bias_table(
