@@ -432,7 +432,7 @@ int bwd(const KernelParams& params, float* sums) {
   const AttnTensor* const b[] = {kKeys ? &p.q : &p.k, kKeys ? &p.d_o : &p.v};
   for (int i = 0; i < S::kResident; ++i) ATTN_RETURN_IF(tile_map(p, *a[i], S::kM, p.a_maps[i]));
   for (int i = 0; i < 2; ++i) ATTN_RETURN_IF(tile_map(p, *b[i], S::kN, p.b_maps[i]));
-  return launch_persistent(bwd_sm90_kernel<T, D, kKeys>, S::kThreads,
+  return launch_persistent(bwd_sm90_kernel<T, D, kKeys>, p.units, S::kThreads,
                            sizeof(BwdShared<T, D, kKeys>), p);
 }
 

@@ -1,9 +1,12 @@
 // Attention on Hopper, forward: o = softmax(scale * rope(q) rope(k)^T + mask) v, and lse.
 //
-//   one thread block a multiprocessor; for each block of queries in its share of the work:
+//   one thread block a multiprocessor; for each block of queries in its share of the work, a few
+//   tiles of 64 queries, not all of one head:
+//     one warp plans: which tiles these are and what they see, some blocks ahead
 //     one producer thread:
-//       announce the block; load q (TMA)
-//       for each tile of keys that the block sees: load k, v into a ring of stages (TMA)
+//       load q (TMA)
+//       for each tile of keys that the block sees, for each of its heads:
+//         load k, v into a ring of stages (TMA), for the warpgroups that see them
 //     each consumer warpgroup, for its 64 queries:
 //       if RoPE, rotate q in shared memory (k comes rotated)
 //       s = q k_0^T; p = softmax numerators of s; l = rowsum p
@@ -35,6 +38,10 @@
 //      536.
 //   5. Causal blocks in pairs of equal length, instead of the longest first: causal head_dim 128 at
 //      2048 376 -> 610; head_dim 64 415 -> 441.
+//   6. Blocks that take tiles of several heads, planned by a warp of its own. No warpgroup is idle
+//      where three do not divide a head's tiles, and causal ones see as much as their neighbours:
+//      on one H200, at 512, 1024 and 2048, 387, 434, 515 -> 412, 475, 516; causal 231, 280, 397 ->
+//      265, 349, 420.
 #include "sm90_common.cuh"
 #include "softmax.cuh"
 
@@ -43,33 +50,47 @@ namespace attn {
 using namespace hopper;
 
 // kGroups warpgroups of 64 queries each, with kRegisters a thread, share tiles of kN keys in
-// kStages buffers.
+// kStages buffers. Heads of up to kMaxShared query tiles may share a block.
 template <int D>
 struct FwdSm90Config;
 template <>
 struct FwdSm90Config<64> {
   static constexpr int kGroups = 3, kRegisters = 160, kN = 128, kStages = 5;
+  static constexpr int kMaxShared = INT_MAX;
 };
 template <>
 struct FwdSm90Config<128> {
   static constexpr int kGroups = 2, kRegisters = 240, kN = 128, kStages = 2;
+  static constexpr int kMaxShared = 32;
 };
 
 template <int D>
 struct FwdSm90 : FwdSm90Config<D> {
   using C = FwdSm90Config<D>;
   static constexpr int kM = 64 * C::kGroups, kConsumers = 128 * C::kGroups;
-  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kThreads = kConsumers + 128, kItems = 4;
   static constexpr int kQ = kM * D, kTile = C::kN * D;  // elements
 };
 
-// One block of queries, as the producer announces it to the consumers.
+// A warpgroup's part of a block.
+struct QueryTile {
+  int q0;     // its first query; len: none
+  int head;   // -1: none
+  int share;  // which of the block's heads that is
+  int k_end;  // of the keys that it sees
+  int stage;  // where in the ring its first tile of keys is
+  uint32_t parity;
+};
+
+// A block of query tiles, which may belong to several heads of a sequence.
+template <int kGroups>
 struct Item {
-  int q0;  // -1: no more work
-  int head, batch;
-  int k_begin, k_end;  // multiples of the tile size around the keys that the block sees
+  int heads;  // 0: no more work
+  int batch;
+  int k_begin, k_end;  // of the keys that some tile sees; k_begin is a multiple of the tile size
   int len, key_end;    // of the sequence
   int64_t first_row;
+  QueryTile tiles[kGroups];
 };
 
 template <class T, int D>
@@ -77,8 +98,8 @@ struct FwdShared {
   using S = FwdSm90<D>;
   static constexpr int kStages = S::kStages;
   T q[2][S::kQ], k[kStages][S::kTile], v[kStages][S::kTile];
-  Item item[2];
-  Barrier q_full[2], q_empty[2];
+  Item<S::kGroups> items[S::kItems];
+  Barrier item_full[S::kItems], item_empty[S::kItems], q_full[2], q_empty[2];
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 
   __device__ __forceinline__ static FwdShared& get() {
@@ -87,26 +108,75 @@ struct FwdShared {
   }
 };
 
-struct FwdSm90Params : Sm90Params {
+// The order of work. The query tiles of `line_heads` heads of a sequence form a line, which is cut
+// into blocks of kGroups tiles from its end, so that only its first block may have less. A line
+// begins with the first few tiles of each of its heads, goes on with the next `band` tiles of each
+// head, and so on; a band of a whole sequence makes it one head after the other. Where a limit
+// depends on the query, bands are as short as a tile of keys: then the queries of a block see the
+// same tiles, at the price of loading those of two heads.
+//
+// Blocks are persistent, one a multiprocessor, and take units of work in turn. Without causality a
+// unit is one block. With it, a unit is a block of one line and the block as far from the other end
+// of the next line, or of the same line if that is the last, so that all units take equally long.
+struct FwdSm90Params : KernelParams {
   CUtensorMap q_map, k_map, v_map;
-  explicit FwdSm90Params(const KernelParams& p, int rows) : Sm90Params(p, rows) {}
+  int line_heads, band, parts, sequence_units, units;
+
+  // For blocks of `groups` tiles; heads of more than max_shared tiles share no blocks.
+  FwdSm90Params(const KernelParams& p, int groups, int max_shared)
+      : KernelParams(p), parts(p.causal ? 2 : 1), sequence_units(), units(-1) {
+    const int tiles = ceil_div(seqlen, 64);
+    line_heads = tiles <= max_shared ? groups : 1;
+    band = causal || window_left >= 0 || window_right >= 0 ? 2 : tiles;
+    const int lines = ceil_div(num_heads, line_heads);
+    const auto line_blocks = [&](int heads) { return int64_t{ceil_div(heads * tiles, groups)}; };
+    // Units are of `parts` lines. The last line, which may have fewer heads, may be left by itself.
+    const int last_heads = num_heads - (lines - 1) * line_heads;
+    const int64_t last = lines % parts == 1 % parts
+                             ? (line_blocks(last_heads) + parts - 1) / parts
+                             : line_blocks(line_heads);
+    const int64_t count = (ceil_div(lines, parts) - 1) * line_blocks(line_heads) + last;
+    if (count * batch * parts > INT32_MAX / 2) return;
+    sequence_units = static_cast<int>(count);
+    units = sequence_units * batch;
+  }
 };
 
-template <int kM, int kN>
-__device__ __forceinline__ Item make_item(const Sm90Params& p, const Place& place) {
-  const Sequence seq = sequence(p, place.batch);
-  const Window window(p);
-  Item item;
-  item.q0 = place.block * kM;
-  item.head = place.head;
-  item.batch = place.batch;
-  item.k_begin = window.first_key(item.q0) / kN * kN;
-  item.k_end = ceil_div(min(seq.key_end, window.end_key(item.q0, kM)), kN) * kN;
-  item.len = seq.len;
-  item.key_end = seq.key_end;
-  item.first_row = seq.first_row;
-  return item;
-}
+// The query tiles of one part of a unit.
+template <int kGroups>
+struct Block {
+  Sequence seq;
+  int batch, band, head0, heads, tiles;  // the line's heads, and `tiles` of each
+  int first;                             // place in the line of the block's first tile, or negative
+  bool valid;
+
+  __device__ __forceinline__ Block(const FwdSm90Params& p, int unit, int part)
+      : batch(unit / p.sequence_units), band(p.band) {
+    seq = sequence(p, batch);
+    unit %= p.sequence_units;
+    tiles = ceil_div(seq.len, 64);
+    const int full = max(ceil_div(p.line_heads * tiles, kGroups), 1);  // blocks of most lines
+    const int lines = ceil_div(p.num_heads, p.line_heads), i = unit % full;
+    int line = unit / full * p.parts;
+    const bool last = line + p.parts > lines;
+    if (!last) line += part;
+    head0 = line * p.line_heads;
+    heads = min(p.num_heads - head0, p.line_heads);
+    const int count = heads * tiles, blocks = ceil_div(count, kGroups);
+    first = count - (part == 0 ? i + 1 : blocks - i) * kGroups;
+    valid = i < blocks && (!last || i + part < blocks - i);
+  }
+
+  // The head and the first query of the tile at place t of the line.
+  __device__ __forceinline__ void locate(int t, int& head, int& q0) const {
+    const int start = tiles % band, width = t < heads * start ? start : band;
+    const int skipped = t < heads * start ? 0 : start;  // of each head
+    t -= heads * skipped;
+    const int run = t / width;
+    head = head0 + run % heads;
+    q0 = 64 * (skipped + run / heads * width + t % width);
+  }
+};
 
 // Online softmax of a thread's two rows. Offsets are in log2 units, -inf before the first key.
 struct LazySoftmax {
@@ -171,46 +241,133 @@ struct LazySoftmax {
   }
 };
 
+// Works out blocks ahead of their turn. One warp, whose lane g finds the block's tile g.
 template <class T, int D>
-__device__ __forceinline__ void produce(const FwdSm90Params& p) {
+__device__ __forceinline__ void plan(const FwdSm90Params& p) {
   using S = FwdSm90<D>;
+  constexpr int kN = S::kN;
   auto& shared = FwdShared<T, D>::get();
-  Ring<S::kStages> ring;
-  Ring<2> q_ring;
-  for (Place place(p); place.valid; place.next(p)) {
-    const Item item = make_item<S::kM, S::kN>(p, place);
-    if (item.q0 >= item.len) continue;
-    const int row0 = static_cast<int>(item.first_row);
-    const int batch = p.cu_seqlens != nullptr ? 0 : item.batch;
+  const Window window(p);
+  const int lane = lane_id();
+  Ring<S::kItems> ring;
+  uint32_t loaded = 0;  // tiles of keys before this block's
+  for (int round = 0; round < p.units; round += gridDim.x) {
+    // If there are thread blocks enough for the parts of the last units, each takes one.
+    const int step = (p.units - round) * p.parts <= static_cast<int>(gridDim.x) ? p.parts : 1;
+    const int unit = round + blockIdx.x / step;
+    if (unit >= p.units) break;
+    for (int part = blockIdx.x % step; part < p.parts; part += step) {
+      const Block<S::kGroups> block(p, unit, part);
+      if (!block.valid) continue;
+      QueryTile tile{block.seq.len, -1, 0, 0, 0, 0};
+      int k_begin = INT_MAX;
+      const bool some = lane < S::kGroups && block.first + lane >= 0;
+      if (some) {
+        block.locate(block.first + lane, tile.head, tile.q0);
+        tile.k_end = min(block.seq.key_end, window.end_key(tile.q0, 64));
+        k_begin = window.first_key(tile.q0) / kN * kN;
+      }
+      const int k_end = __reduce_max_sync(~0u, tile.k_end);
+      k_begin = __reduce_min_sync(~0u, k_begin);
+      const int before = __shfl_up_sync(~0u, tile.head, 1);
+      const uint32_t firsts = __ballot_sync(~0u, some && (lane == 0 || tile.head != before));
+      const int heads = __popc(firsts);
+      tile.share = __popc(firsts << (31 - lane)) - 1;
+      tile.stage = (loaded + tile.share) % S::kStages;
+      tile.parity = (loaded + tile.share) / S::kStages % 2;
+      loaded += heads * ceil_div(max(k_end - k_begin, 0), kN);
 
-    wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
-    shared.item[q_ring.stage] = item;
-    Barrier* const q_full = shared.q_full + q_ring.stage;
-    arrive_expect(q_full, S::kQ * 2);
-#pragma unroll
-    for (int c = 0; c < D / 64; ++c) {
-      tma_load(shared.q[q_ring.stage] + c * S::kM * 64, p.q_map, q_full, c * 64, item.head,
-               row0 + item.q0, batch);
-    }
-    q_ring.next();
-    for (int k0 = item.k_begin; k0 < item.k_end; k0 += S::kN) {
-      auto load = [&](auto& tiles, const CUtensorMap& map, Barrier* full, Barrier* empty) {
-        wait(empty + ring.stage, ring.parity ^ 1);
-        arrive_expect(full + ring.stage, S::kTile * 2);
-#pragma unroll
-        for (int c = 0; c < D / 64; ++c) {
-          tma_load(tiles[ring.stage] + c * S::kN * 64, map, full + ring.stage, c * 64, item.head,
-                   row0 + k0, batch);
-        }
-      };
-      load(shared.k, p.k_map, shared.k_full, shared.k_empty);
-      load(shared.v, p.v_map, shared.v_full, shared.v_empty);
+      wait(shared.item_empty + ring.stage, ring.parity ^ 1);
+      auto& item = shared.items[ring.stage];
+      if (lane < S::kGroups) item.tiles[lane] = tile;
+      if (lane == 0) {
+        item.heads = heads;
+        item.batch = block.batch;
+        item.k_begin = k_begin;
+        item.k_end = k_end;
+        item.len = block.seq.len;
+        item.key_end = block.seq.key_end;
+        item.first_row = block.seq.first_row;
+      }
+      __syncwarp();
+      if (lane == 0) arrive(shared.item_full + ring.stage);
       ring.next();
     }
   }
-  wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
-  shared.item[q_ring.stage].q0 = -1;
-  arrive(shared.q_full + q_ring.stage);
+  wait(shared.item_empty + ring.stage, ring.parity ^ 1);
+  if (lane == 0) {
+    shared.items[ring.stage].heads = 0;
+    arrive(shared.item_full + ring.stage);
+  }
+}
+
+// Loads what the plan asks for. One thread.
+template <class T, int D>
+__device__ __forceinline__ void produce(const FwdSm90Params& p) {
+  using S = FwdSm90<D>;
+  constexpr int kGroups = S::kGroups, kN = S::kN;
+  auto& shared = FwdShared<T, D>::get();
+  Ring<S::kItems> items;
+  Ring<2> q_ring;
+  Ring<S::kStages> ring;
+  for (;; items.next(), q_ring.next()) {
+    wait(shared.item_full + items.stage, items.parity);
+    const auto& item = shared.items[items.stage];
+    if (item.heads == 0) break;
+    const int row0 = static_cast<int>(item.first_row);
+    const int batch = p.cu_seqlens != nullptr ? 0 : item.batch;
+    const int k_begin = item.k_begin, k_end = item.k_end;
+    int head[kGroups], share[kGroups], k_ends[kGroups], q0[kGroups], some = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      head[g] = item.tiles[g].head;
+      share[g] = item.tiles[g].share;
+      k_ends[g] = item.tiles[g].k_end;
+      q0[g] = item.tiles[g].q0;
+      some += head[g] >= 0;
+    }
+    arrive(shared.item_empty + items.stage);
+
+    Barrier* const q_full = shared.q_full + q_ring.stage;
+    wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
+    arrive_expect(q_full, some * 64 * D * 2);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (head[g] < 0) continue;
+#pragma unroll
+      for (int c = 0; c < D / 64; ++c) {
+        tma_load(shared.q[q_ring.stage] + (c * kGroups + g) * 64 * 64, p.q_map, q_full, c * 64,
+                 head[g], row0 + q0[g], batch);
+      }
+    }
+    for (int k0 = k_begin; k0 < k_end; k0 += kN) {
+      // Tiles of the block's heads alternate.
+#pragma unroll
+      for (int h = 0; h < kGroups; ++h) {
+        if (head[h] < 0 || (h > 0 && share[h] == share[h - 1])) continue;
+        int users = 0;
+#pragma unroll
+        for (int g = h; g < kGroups; ++g) users += share[g] == share[h] && k0 < k_ends[g];
+        auto load = [&](auto& tiles, const CUtensorMap& map, Barrier* full, Barrier* empty) {
+          wait(empty + ring.stage, ring.parity ^ 1);
+          // Warpgroups that do not see the tile never ask for it. They may skip that phase of
+          // `full`: before they ask for a later tile of the stage, they have a turn that comes
+          // after the one in which others found this tile loaded.
+          if (users < kGroups) arrive_many(empty + ring.stage, 4 * (kGroups - users));
+          arrive_expect(full + ring.stage, users > 0 ? S::kTile * 2 : 0);
+          if (users == 0) return;
+#pragma unroll
+          for (int c = 0; c < D / 64; ++c) {
+            tma_load(tiles[ring.stage] + c * kN * 64, map, full + ring.stage, c * 64, head[h],
+                     row0 + k0, batch);
+          }
+        };
+        load(shared.k, p.k_map, shared.k_full, shared.k_empty);
+        load(shared.v, p.v_map, shared.v_full, shared.v_empty);
+        ring.next();
+      }
+    }
+  }
 }
 
 template <class T, int D>
@@ -224,7 +381,7 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
   const Window window(p);
   const Rope rope(p);
   const float scale_log2 = p.softmax_scale * kLog2e;
-  Ring<kStages> ring;
+  Ring<S::kItems> items;
   Ring<2> q_ring;
   auto release = [&](Barrier* b) {
     if (lane == 0) arrive(b);
@@ -239,17 +396,18 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
   if (group == S::kGroups - 1) arrive_group(1 + S::kGroups, 256);
 
   for (;;) {
-    wait(shared.q_full + q_ring.stage, q_ring.parity);
-    const Item& item = shared.item[q_ring.stage];
-    const int q0 = item.q0;
-    if (q0 < 0) break;
-    const int group_q0 = q0 + group_row, warp_q0 = q0 + warp_row;
-    const int len = item.len, key_end = item.key_end, k_end = item.k_end;
+    wait(shared.item_full + items.stage, items.parity);
+    const auto& item = shared.items[items.stage];
+    const int heads = item.heads;
+    if (heads == 0) break;
+    const QueryTile& tile = item.tiles[group];
+    const int group_q0 = tile.q0, warp_q0 = group_q0 + warp % 4 * 16;
+    const int len = item.len, key_end = item.key_end, k_end = item.k_end, own_end = tile.k_end;
+    Ring<kStages> ring{tile.stage, tile.parity};
     const uint8_t* const key_mask =
         p.key_mask != nullptr ? p.key_mask + int64_t{item.batch} * p.seqlen : nullptr;
-    // Of the block's keys, those that the warpgroup sees, those before any padding, those that the
-    // thread's two rows see, and those that all rows of the warp see.
-    const int own_end = group_q0 < len ? min(k_end, window.end_key(group_q0, 64)) : 0;
+    // Of the keys, those before any padding, those that the thread's two rows see, and those that
+    // all rows of the warp see.
     const int clean_end = key_mask != nullptr ? 0 : key_end;
     const int row = warp_q0 + lane / 4;
     const int lo[] = {row - window.left, row + 8 - window.left};
@@ -257,12 +415,14 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
     const int all_begin = warp_q0 + 15 - window.left;
     const int all_end = min(clean_end, warp_q0 + window.right + 1);
     T* const q = shared.q[q_ring.stage];
+    wait(shared.q_full + q_ring.stage, q_ring.parity);
     if (rope.cos != nullptr) {
       rotate_rows<T, D, S::kM>(q, rope, group_row, group_q0, len);
       fence_async();
       sync_group(1 + group, 128);
     }
-    const uint32_t q_desc = descriptor(q + group_row * 64);
+    // Out of a shuffle, or the loop would compute it again for each tile.
+    const uint32_t q_desc = __shfl_sync(~0u, descriptor(q + group_row * 64), 0);
 
     float out[D / 8][4] = {};
     LazySoftmax softmax;
@@ -326,7 +486,7 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
       bool k_ready = false, v_ready = false;
       for (k0 += kN; k0 < own_end; k0 += kN) {
         const Ring<kStages> before = ring;
-        ring.next();
+        ring.advance(heads);
         pin(flat(out));
         turn([&] {
           scores(s, k_ready);
@@ -339,7 +499,7 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
         const bool exceeds = softmax.exceeds(s);
         if (exceeds) softmax.raise(s, shrink, scale_log2);
         Ring<kStages> next = ring;
-        next.next();
+        next.advance(heads);
         k_ready = is_over(shared.k_full + next.stage, next.parity);
         v_ready = is_over(shared.v_full + ring.stage, ring.parity);
         softmax.template exponentiate<0, kFirst>(s, scale_log2);
@@ -362,25 +522,17 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
       wgmma_wait<0>();
       pin(flat(out));
       release(shared.v_empty + ring.stage);
-      ring.next();
     } else if (k0 < k_end) {
       turn([] {});
     }
     // Tiles that only other warpgroups see.
-    for (; k0 < k_end; k0 += kN) {
-      turn([] {});
-      wait(shared.k_full + ring.stage, ring.parity);
-      release(shared.k_empty + ring.stage);
-      wait(shared.v_full + ring.stage, ring.parity);
-      release(shared.v_empty + ring.stage);
-      ring.next();
-    }
+    for (; k0 < k_end; k0 += kN) turn([] {});
 
     // All warps of the group are done with q: the output goes through its place.
     sync_group(1 + group, 128);
     const bool varlen = p.cu_seqlens != nullptr;
     const int64_t row0 = varlen ? item.first_row : int64_t{item.batch} * p.num_heads * p.seqlen;
-    float* const lse = p.lse + row0 + item.head * (varlen ? p.total_tokens : int64_t{p.seqlen});
+    float* const lse = p.lse + row0 + tile.head * (varlen ? p.total_tokens : int64_t{p.seqlen});
     float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -391,12 +543,14 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
       }
     }
     store_rows<T, D, S::kM>(q, warp_row, out, inverse,
-                            head_ptr<T>(p.o, item.batch, item.head, item.first_row),
+                            head_ptr<T>(p.o, item.batch, tile.head, item.first_row),
                             p.o.row_stride, warp_q0, len);
     fence_async();
     __syncwarp();
     release(shared.q_empty + q_ring.stage);
+    release(shared.item_empty + items.stage);
     q_ring.next();
+    items.next();
   }
 }
 
@@ -411,6 +565,10 @@ __global__ void __launch_bounds__(FwdSm90<D>::kThreads, 1)
       init_barrier(shared.q_full + i, 1);
       init_barrier(shared.q_empty + i, 4 * S::kGroups);
     }
+    for (int i = 0; i < S::kItems; ++i) {
+      init_barrier(shared.item_full + i, 1);
+      init_barrier(shared.item_empty + i, 4 * S::kGroups + 1);
+    }
     for (int i = 0; i < kStages; ++i) {
       init_barrier(shared.k_full + i, 1);
       init_barrier(shared.v_full + i, 1);
@@ -422,7 +580,12 @@ __global__ void __launch_bounds__(FwdSm90<D>::kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
     give_registers<24>();
-    if (threadIdx.x == S::kConsumers) produce<T, D>(p);
+    const int warp = __shfl_sync(~0u, warp_id(), 0);
+    if (warp == S::kConsumers / 32) {
+      if (lane_id() == 0) produce<T, D>(p);
+    } else if (warp == S::kConsumers / 32 + 1) {
+      plan<T, D>(p);
+    }
   } else {
     take_registers<S::kRegisters>();
     consume<T, D>(p);
@@ -432,11 +595,11 @@ __global__ void __launch_bounds__(FwdSm90<D>::kThreads, 1)
 template <class T, int D>
 int fwd(const KernelParams& params) {
   using S = FwdSm90<D>;
-  FwdSm90Params p(params, S::kM);
-  ATTN_RETURN_IF(tile_map(p, p.q, S::kM, p.q_map));
+  FwdSm90Params p(params, S::kGroups, S::kMaxShared);
+  ATTN_RETURN_IF(tile_map(p, p.q, 64, p.q_map));
   ATTN_RETURN_IF(tile_map(p, p.k, S::kN, p.k_map));
   ATTN_RETURN_IF(tile_map(p, p.v, S::kN, p.v_map));
-  return launch_persistent(fwd_sm90_kernel<T, D>, S::kThreads, sizeof(FwdShared<T, D>), p);
+  return launch_persistent(fwd_sm90_kernel<T, D>, p.units * p.parts, S::kThreads, sizeof(FwdShared<T, D>), p);
 }
 
 int fwd_sm90(const KernelParams& p) {

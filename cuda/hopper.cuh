@@ -29,6 +29,12 @@ __device__ __forceinline__ void arrive(Barrier* b) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(smem_address(b)) : "memory");
 }
 
+// `count` arrivals at once.
+__device__ __forceinline__ void arrive_many(Barrier* b, int count) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(smem_address(b)), "r"(count)
+               : "memory");
+}
+
 // One arrival that also announces how many bytes the TMA will bring.
 __device__ __forceinline__ void arrive_expect(Barrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(b)),
@@ -92,6 +98,15 @@ struct Ring {
   __device__ __forceinline__ void next() {
     if (++stage == kStages) {
       stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  // By at most kStages.
+  __device__ __forceinline__ void advance(int count) {
+    stage += count;
+    if (stage >= kStages) {
+      stage -= kStages;
       parity ^= 1;
     }
   }

@@ -78,14 +78,14 @@ struct Place {
 
 constexpr int kMostMultiprocessors = 144;  // of any device of compute capability 9.0
 
+// At most `blocks` thread blocks; negative: too many to count.
 template <class Kernel, class Params>
-int launch_persistent(Kernel kernel, int threads, size_t smem, const Params& p) {
-  if (p.units < 0) return ATTN_ERR_SIZE;
+int launch_persistent(Kernel kernel, int blocks, int threads, size_t smem, const Params& p) {
+  if (blocks < 0) return ATTN_ERR_SIZE;
   int device, count;
   ATTN_RETURN_IF(cudaGetDevice(&device));
   ATTN_RETURN_IF(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  const int blocks = std::min({count, kMostMultiprocessors, p.units});
-  return launch(kernel, blocks, threads, smem, p.stream, p);
+  return launch(kernel, std::min({count, kMostMultiprocessors, blocks}), threads, smem, p.stream, p);
 }
 
 // ---- Tiles and accumulators --------------------------------------------------------------------

@@ -379,6 +379,19 @@ def cases(sanitize):
                 add(dtype=dtype, d=d, lens=[385] * 8, heads=40, causal=causal, rope="half")
                 add(dtype=dtype, d=d, lens=[1, 500, 0, 65, 200, 127, 300, 64, 129], heads=40,
                     seqs="cu_seqlens", causal=causal)
+            # Blocks whose query tiles belong to several heads: numbers of tiles and heads that blocks
+            # divide or not, and sequences with fewer tiles than the longest.
+            for n, heads, causal in itertools.product((64, 100, 192, 256, 290, 384, 512), (1, 5), (False, True)):
+                add(dtype=dtype, d=d, lens=[n, n], heads=heads, causal=causal)
+            for causal, rope in itertools.product((False, True), ("none", "half")):
+                add(dtype=dtype, d=d, lens=[500, 64, 0, 129, 200], heads=7, seqs="key_lens", causal=causal, rope=rope)
+                add(dtype=dtype, d=d, lens=[330, 330], heads=5, seqs="key_mask", causal=causal, rope=rope)
+                add(dtype=dtype, d=d, lens=[64, 0, 500, 130, 320, 1], heads=7, seqs="cu_seqlens", causal=causal,
+                    rope=rope)
+            for window in ((0, 0), (30, 5), (64, -1), (200, 100), (-1, 0)):
+                add(dtype=dtype, d=d, lens=[470, 470], heads=4, window=window)
+                add(dtype=dtype, d=d, lens=[470, 20, 320], heads=4, seqs="cu_seqlens", window=window)
+            add(dtype=dtype, d=d, lens=[321, 64, 200] * 10, heads=17, seqs="cu_seqlens", rope="interleaved")
         add(dtype=dtype, d=d, lens=[1024], rope="half")
         for scale in (-0.3, 0.0, 1.5):
             add(dtype=dtype, d=d, lens=[100], scale=scale)
