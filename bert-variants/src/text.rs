@@ -78,9 +78,7 @@ impl TextEncoder {
             tokenizer.vocab_size(),
             config.vocab_size
         );
-        let longest = config
-            .max_length()
-            .unwrap_or(config.max_position_embeddings);
+        let longest = config.intended_length();
         let max_length = max_length.map_or(longest, |length| length.min(longest));
         ensure!(
             max_length > 4,

@@ -136,6 +136,34 @@ fn classes_are_learned_saved_and_predicted() {
 }
 
 #[test]
+fn texts_longer_than_the_table_of_positions_are_cut_unless_it_is_resized() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| has.to_string());
+    // What differs comes behind the model's 16 tokens.
+    for file in [&config.data.train_file, &config.data.eval_file] {
+        let path = file.as_ref().unwrap();
+        let text = fs::read_to_string(path).unwrap();
+        let filler = format!("\"{}", "w5 ".repeat(20));
+        fs::write(path, text.replace("\"w", &(filler + "w"))).unwrap();
+    }
+    config.data.max_length = 30;
+    config.train.epochs = 1;
+    let all_alike = |config: &FinetuneConfig| {
+        finetune(config).unwrap();
+        let predictions = lines(config.run.out.join("seed0/predictions-dev.jsonl"));
+        let first = &predictions[0]["logits"];
+        predictions.iter().all(|line| line["logits"] == *first)
+    };
+    assert!(all_alike(&config));
+    config.run.out = dir.path().join("resized");
+    config.run.resize_positions = true;
+    assert!(!all_alike(&config));
+    let saved = config.run.out.join("seed0/model/config.json");
+    let saved: Value = serde_json::from_str(&fs::read_to_string(saved).unwrap()).unwrap();
+    assert_eq!(saved["max_position_embeddings"], 30);
+}
+
+#[test]
 fn resuming_keeps_what_is_finished_and_makes_the_rest_again() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(dir.path(), |has| u8::from(has).to_string());

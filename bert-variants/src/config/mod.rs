@@ -446,6 +446,11 @@ impl BertConfig {
         table.map(|first| self.max_position_embeddings.saturating_sub(first))
     }
 
+    /// The longest input in tokens that the model is meant for.
+    pub fn intended_length(&self) -> usize {
+        self.max_length().unwrap_or(self.max_position_embeddings)
+    }
+
     /// What the attention of a layer computes, without dropout.
     ///
     /// # Errors
@@ -558,7 +563,7 @@ impl BertConfig {
     pub fn validate(&self) -> Result<()> {
         /// Far above any model, far below sizes whose products overflow.
         const LARGEST: usize = 1 << 28;
-        let max_length = self.max_length().unwrap_or(self.max_position_embeddings);
+        let max_length = self.intended_length();
         for (key, value, largest) in [
             ("vocab_size", self.vocab_size, LARGEST),
             ("hidden_size", self.hidden_size, LARGEST),

@@ -46,6 +46,10 @@ pub struct RunsConfig {
     /// Model directory to start from, or a Hub id owner/name or owner/name@revision.
     #[arg(long, default_value_t = RunsConfig::default().model)]
     pub model: String,
+    /// Give a model that takes shorter texts than --max-length positions for these: a table of learned
+    /// positions is interpolated.
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = RunsConfig::default().resize_positions, num_args = 0..=1, default_missing_value = "true")]
+    pub resize_positions: bool,
     /// Seeds: of the new head, order of texts and dropout; a run each.
     #[arg(long, value_delimiter = ',', default_values_t = RunsConfig::default().seeds)]
     pub seeds: Vec<u64>,
@@ -61,6 +65,7 @@ impl Default for RunsConfig {
     fn default() -> Self {
         Self {
             model: "google-bert/bert-base-uncased".into(),
+            resize_positions: false,
             seeds: vec![0],
             out: "finetuned".into(),
             device: "cpu".into(),

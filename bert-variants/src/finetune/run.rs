@@ -90,6 +90,15 @@ impl<'a> Run<'a> {
                 .with_labels(dataset.labels.clone(), dataset.problem_type)
         };
         let mut pretrained = from_pretrained_as(&config.run.model, as_classifier, seed, device)?;
+        let (wanted, length) = (config.data.max_length, pretrained.config.intended_length());
+        if wanted > length && config.run.resize_positions {
+            pretrained = pretrained.resize_positions(wanted)?;
+        } else if wanted > length {
+            tracing::warn!(
+                "{} takes {length} tokens: longer texts are cut to that, not to --max-length {wanted}; --resize-positions gives it positions for all",
+                config.run.model
+            );
+        }
         let model_config = pretrained.config;
         let tokenizer = Tokenizer::load(&pretrained.dir, None)?;
         let encoder = TextEncoder::new(tokenizer, &model_config, Some(config.data.max_length))?;
