@@ -12,7 +12,7 @@ use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element,
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
-use crate::operand::{Locked, Operand};
+use crate::operand::Locked;
 use crate::tape;
 
 /// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
@@ -201,8 +201,9 @@ pub(super) fn cross_entropy_in_place(
     vocab: usize,
 ) -> Result<Tensor> {
     let labels = Locked::new(labels);
-    match (logits, labels.operand()?) {
-        (Storage::Cpu(CpuStorage::F32(logits)), Operand::Cpu(labels, layout)) => {
+    match logits {
+        Storage::Cpu(CpuStorage::F32(logits)) => {
+            let (labels, layout) = labels.operand()?.cpu()?;
             let labels = values::<u32>(labels, layout)?;
             let row = |(row, label): (&mut [f32], &u32)| {
                 vectorized(
@@ -214,14 +215,13 @@ pub(super) fn cross_entropy_in_place(
             Tensor::from_vec(losses.collect::<Vec<f32>>(), labels.len(), &Device::Cpu)
         }
         #[cfg(feature = "cuda")]
-        (Storage::Cuda(logits), labels) => {
-            cuda::cross_entropy_in_place(logits, labels.cuda()?, vocab)
+        Storage::Cuda(logits) => {
+            cuda::cross_entropy_in_place(logits, labels.operand()?.cuda()?, vocab)
         }
-        (logits, labels) => bail!(
-            "cross_entropy: got {:?} logits on {:?} and labels {:?}, expected them on one device",
+        logits => bail!(
+            "cross_entropy: got {:?} logits on {:?}, expected F32 on a CPU, or an NVIDIA GPU",
             logits.dtype(),
-            logits.device().location(),
-            labels.layout().dims()
+            logits.device().location()
         ),
     }
 }
