@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use bert_variants::checkpoint::from_pretrained;
 use bert_variants::config::{ProblemType, Task};
 use bert_variants::finetune::{
-    Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune as run,
+    Dataset, Evaluation, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName,
+    finetune as run,
 };
 use bert_variants::predict::Classifier;
 use bert_variants::train::Precision;
@@ -217,6 +219,85 @@ fn resuming_keeps_what_is_finished_and_makes_the_rest_again() {
         error.contains("train.lr was 0.005, is now 0.0001"),
         "{error}"
     );
+}
+
+#[test]
+fn a_stopped_seed_goes_on_to_the_same_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| u8::from(has).to_string());
+    config.train.epochs = 30;
+    config.train.lr = 1e-3;
+    config.train.layer_decay = 0.9;
+    config.train.evals_per_epoch = 3;
+    config.run.out = dir.path().join("whole");
+    finetune(&config).unwrap();
+    let whole = config.run.out.join("seed0");
+
+    config.run.out = dir.path().join("parts");
+    let parts = config.run.out.join("seed0");
+    let lines_of = |dir: &Path| fs::read_to_string(dir.join("metrics.jsonl")).unwrap_or_default();
+    let mut pieces = 0;
+    loop {
+        let stop = AtomicBool::new(false);
+        let seen = lines_of(&parts).lines().count();
+        let report = thread::scope(|scope| {
+            // Stops the run once it has written some lines more.
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    if lines_of(&parts).lines().count() > seen + 20 {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    thread::yield_now();
+                }
+            });
+            let report = run(&config, pieces > 0, &stop).unwrap();
+            stop.store(true, Ordering::Relaxed);
+            report
+        });
+        pieces += 1;
+        assert_eq!(report.is_none(), parts.join("stopped").exists());
+        if report.is_some() {
+            break;
+        }
+    }
+    assert!(pieces > 1, "it was never stopped");
+    let evaluations = |dir: &Path| -> Vec<Evaluation> {
+        let evaluations = records(dir.to_path_buf()).into_iter();
+        let evaluations = evaluations.filter_map(|record| match record {
+            FinetuneRecord::Eval(evaluation) => Some(evaluation),
+            _ => None,
+        });
+        evaluations.collect()
+    };
+    assert_eq!(evaluations(&parts), evaluations(&whole));
+    let weights = |dir: &Path| fs::read(dir.join("model/model.safetensors")).unwrap();
+    assert!(weights(&parts) == weights(&whole));
+    let epochs = |dir: &Path| {
+        let epochs = records(dir.to_path_buf()).into_iter();
+        let epochs = epochs.filter_map(|record| match record {
+            FinetuneRecord::Epoch { epoch, .. } => Some(epoch),
+            _ => None,
+        });
+        epochs.collect::<Vec<_>>()
+    };
+    assert_eq!(epochs(&parts), (1..=30).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_damaged_state_of_a_stopped_seed_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), |has| u8::from(has).to_string());
+    assert!(
+        run(&config, false, &AtomicBool::new(true))
+            .unwrap()
+            .is_none()
+    );
+    let stopped = config.run.out.join("seed0/stopped");
+    for file in ["state.safetensors", "state.json"] {
+        fs::write(stopped.join(file), "{").unwrap();
+        let error = run(&config, true, &AtomicBool::new(false)).unwrap_err();
+        assert!(format!("{error:#}").contains(file), "{error:#}");
+    }
 }
 
 #[test]

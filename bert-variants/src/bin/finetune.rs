@@ -16,7 +16,7 @@ struct Cli {
     /// TOML or YAML file of settings, as in OUT/settings.toml; options on the command line win.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Keep the finished seeds in --out, and begin those that are not finished again.
+    /// Keep the finished seeds in --out, and go on with one that was stopped (Ctrl-C, SIGTERM).
     #[arg(long)]
     resume: bool,
     #[command(flatten)]

@@ -23,7 +23,7 @@ use crate::parameters::Parameters;
 use crate::tokenizer::Tokenizer;
 use crate::train::Progress;
 use pretrained::{read_weights, write_model};
-use weights::{WeightFiles, write_safetensors};
+pub(crate) use weights::{WeightFiles, write_safetensors};
 
 const CONFIG: &str = "config.json";
 const OPTIMIZER: &str = "optimizer.safetensors";

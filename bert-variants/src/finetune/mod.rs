@@ -2,9 +2,11 @@
 
 mod data;
 mod metrics;
+mod optimizer;
 mod records;
 mod report;
 mod run;
+mod state;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -184,8 +186,9 @@ impl FinetuneTraining {
 ///
 /// `OUT/seedN` holds the best model of seed N (a Hugging Face directory `model`), its predictions
 /// of the texts evaluated on and of `predict_file`, and its records. A run already there is an
-/// error, unless `resume` leaves it where it is finished and makes it again where it is not.
-/// Returns the report's path, `None` where `stop` ended it early.
+/// error, unless `resume` leaves it where it is finished, goes on with it where `stop` ended it, to the
+/// same result, and makes it again where it was killed. Returns the report's path, `None` where `stop`
+/// ended it early.
 ///
 /// # Errors
 /// When a setting is wrong, a file cannot be read or written, a run is there already or had other
@@ -226,7 +229,7 @@ pub fn finetune(
             results.push(result);
             continue;
         }
-        let run = Run::new(config, &dataset, *seed, &dir, &device)
+        let run = Run::new(config, &dataset, *seed, &dir, &device, resume)
             .with_context(|| format!("cannot fine-tune {model}"))?;
         match run.train(stop)? {
             Outcome::Finished => results.extend(SeedResult::read(&dir, config)?),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FinetuneConfig;
-use crate::record::{METRICS_FILE, check_same, flatten, float};
+use crate::record::{METRICS_FILE, check_same, flatten, float, write_atomic};
 
 /// One line of a run's `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -148,6 +148,25 @@ fn read_records(path: &Path) -> Result<Vec<FinetuneRecord>> {
             .with_context(|| format!("{}: line {number} is damaged", path.display()))
     };
     whole.lines().zip(1..).map(parse).collect()
+}
+
+/// Keeps the records of a run up to a step, after which it was stopped, in an epoch with `epochs` before it.
+pub(super) fn keep_records(path: &Path, step: u64, epochs: u64) -> Result<()> {
+    let mut kept = Vec::new();
+    for record in read_records(path)? {
+        let keep = match &record {
+            FinetuneRecord::Run { .. } => true,
+            FinetuneRecord::Train { step: at, .. } => *at <= step,
+            FinetuneRecord::Epoch { epoch, .. } => *epoch <= epochs,
+            FinetuneRecord::Eval(evaluation) => evaluation.step <= step,
+            FinetuneRecord::Summary { .. } => false,
+        };
+        if keep {
+            serde_json::to_writer(&mut kept, &record)?;
+            kept.push(b'\n');
+        }
+    }
+    write_atomic(path, &kept)
 }
 
 /// The settings that decide a result, by dotted path.

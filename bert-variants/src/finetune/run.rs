@@ -1,14 +1,14 @@
 //! One fine-tuning run.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{D, DType, Device, Tensor, Var};
-use candle_rope_attn::ops::{AdamW, Gradients, Parameter, Tape, global_norm};
+use candle_core::{D, DType, Device, Tensor};
+use candle_rope_attn::ops::{Gradients, Tape, global_norm};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -16,7 +16,9 @@ use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::data::{Dataset, Example, Label};
-use super::records::{Evaluation, FinetuneRecord};
+use super::optimizer::{LayerwiseAdamW, depth};
+use super::records::{Evaluation, FinetuneRecord, keep_records};
+use super::state::{History, Progress, Stopped};
 use super::{FinetuneConfig, FinetuneTraining};
 use crate::checkpoint::{ModelCard, from_pretrained_as, save_pretrained};
 use crate::config::{BertConfig, ProblemType, Task};
@@ -26,7 +28,7 @@ use crate::record::METRICS_FILE;
 use crate::schedule::Schedule;
 use crate::text::{Encoded, Text, TextEncoder};
 use crate::tokenizer::Tokenizer;
-use crate::train::{Outcome, decays};
+use crate::train::Outcome;
 
 /// Texts of one pass in evaluation.
 const EVAL_BATCH: usize = 64;
@@ -43,7 +45,9 @@ pub(super) struct Run<'a> {
     /// The texts of each split to evaluate on.
     evals: Vec<Vec<Encoded>>,
     records: File,
-    step: u64,
+    progress: Progress,
+    /// What it goes on from.
+    stopped: Option<Stopped>,
 }
 
 /// Steps since the last training record.
@@ -54,35 +58,15 @@ struct Window {
     lr: f64,
 }
 
-/// The evaluations so far.
-#[derive(Default)]
-struct History {
-    /// The best one, of all splits, and its weights.
-    best: Option<(Vec<Evaluation>, Vec<Tensor>)>,
-    /// Evaluations since.
-    worse: usize,
-}
-
-impl History {
-    fn add(&mut self, found: Vec<Evaluation>, parameters: &Parameters) -> Result<()> {
-        let highest = self.best.as_ref().map(|(best, _)| best[0].score());
-        if highest.is_none_or(|highest| found[0].score() > highest) {
-            self.best = Some((found, parameters.copy()?));
-            self.worse = 0;
-        } else {
-            self.worse += 1;
-        }
-        Ok(())
-    }
-}
-
 impl<'a> Run<'a> {
+    /// A run to be written to the folder `dir`, or with `resume` the rest of one that was stopped there.
     pub fn new(
         config: &'a FinetuneConfig,
         dataset: &'a Dataset,
         seed: u64,
         dir: &Path,
         device: &Device,
+        resume: bool,
     ) -> Result<Self> {
         let as_classifier = |model: BertConfig| {
             model
@@ -112,8 +96,21 @@ impl<'a> Run<'a> {
         }
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(METRICS_FILE);
-        let records =
-            File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        let stopped = match resume {
+            true => Stopped::find(dir)?,
+            false => None,
+        };
+        if let Some(stopped) = &stopped {
+            let epochs = stopped.progress.step / steps_per_epoch(config, dataset);
+            keep_records(&path, stopped.progress.step, epochs)?;
+        }
+        let records = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .append(stopped.is_some())
+            .truncate(stopped.is_none())
+            .open(&path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self {
             config,
             dataset,
@@ -124,48 +121,47 @@ impl<'a> Run<'a> {
             encoder,
             evals,
             records,
-            step: 0,
+            progress: Progress::default(),
+            stopped,
         })
     }
 
-    /// Trains, and writes the best model and its predictions, unless `stop` ends it early.
+    /// Trains, and writes the best model and its predictions, unless `stop` ends it early, for another to
+    /// go on.
     pub fn train(mut self, stop: &AtomicBool) -> Result<Outcome> {
         let settings = &self.config.train;
-        self.record(&FinetuneRecord::Run {
-            seed: self.seed,
-            settings: serde_json::to_value(self.config)?,
-            model_config: serde_json::to_value(&self.model_config)?,
-        })?;
-        let dataset = self.dataset;
-        let train = encode(&self.encoder, &dataset.train)?;
-        let steps_per_epoch = train.len().div_ceil(settings.batch_size) as u64;
+        let train = encode(&self.encoder, &self.dataset.train)?;
+        let steps_per_epoch = steps_per_epoch(self.config, self.dataset);
         let eval_every = steps_per_epoch.div_ceil(settings.evals_per_epoch);
         let schedule = settings.schedule(settings.epochs * steps_per_epoch);
         let dtype = settings.dtype.dtype();
         let model = SequenceClassifier::new(&self.model_config, &self.parameters, true, dtype)?;
         let mut optimizer = LayerwiseAdamW::new(&self.parameters, &self.model_config, settings)?;
+        let mut history = self.begin(&mut optimizer)?;
 
         let mut window = Window::default();
-        let mut history = History::default();
-        let mut seconds = Duration::ZERO;
-        'epochs: for epoch in 0..settings.epochs {
+        'epochs: for epoch in self.progress.step / steps_per_epoch..settings.epochs {
             let order = self.order(epoch);
-            let before = seconds;
-            for (batch, done) in order.chunks(settings.batch_size).zip(1u64..) {
+            let batches = order.chunks(settings.batch_size).zip(1u64..);
+            let done = self.progress.step % steps_per_epoch;
+            for (batch, done) in batches.skip(done as usize) {
                 if stop.load(Ordering::Relaxed) {
+                    self.log(&mut window)?;
+                    let (parameters, progress) = (&self.parameters, &self.progress);
+                    Stopped::save(&self.dir, progress, parameters, &optimizer, &history)?;
                     return Ok(Outcome::Interrupted);
                 }
                 let start = Instant::now();
-                window.lr = schedule.lr(self.step);
+                window.lr = schedule.lr(self.progress.step);
                 self.train_step(&model, &mut optimizer, &train, batch, &mut window)?;
                 let last = done == steps_per_epoch;
                 let evaluate = last || done.is_multiple_of(eval_every);
-                if evaluate || self.step.is_multiple_of(settings.log_every) {
+                if evaluate || self.progress.step.is_multiple_of(settings.log_every) {
                     self.log(&mut window)?;
                 }
-                seconds += start.elapsed();
+                self.progress.add_seconds(start.elapsed());
                 if last {
-                    self.log_epoch(epoch + 1, (seconds - before).as_secs_f64())?;
+                    self.log_epoch(epoch + 1)?;
                 }
                 if evaluate {
                     let found = self.evaluate()?;
@@ -179,20 +175,36 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        self.finish(history, seconds.as_secs_f64(), steps_per_epoch)?;
+        self.finish(history, steps_per_epoch)?;
         Ok(Outcome::Finished)
     }
 
+    /// Goes on from where the run was stopped, or says what is run.
+    fn begin(&mut self, optimizer: &mut LayerwiseAdamW) -> Result<History> {
+        if let Some(stopped) = self.stopped.take() {
+            self.progress = stopped.progress;
+            return stopped.restore(&self.dir, &self.parameters, optimizer);
+        }
+        self.record(&FinetuneRecord::Run {
+            seed: self.seed,
+            settings: serde_json::to_value(self.config)?,
+            model_config: serde_json::to_value(&self.model_config)?,
+        })?;
+        Ok(History::default())
+    }
+
     /// The summary comes last: a run that has one is whole.
-    fn finish(&self, history: History, seconds: f64, steps_per_epoch: u64) -> Result<()> {
+    fn finish(&self, history: History, steps_per_epoch: u64) -> Result<()> {
         let (best, weights) = history.best.context("there was no evaluation")?;
         self.parameters.assign(&weights)?;
         self.save(&best)?;
+        let Progress { step, seconds, .. } = self.progress;
         self.record(&FinetuneRecord::Summary {
             best_step: best[0].step,
             seconds,
-            seconds_per_epoch: seconds * steps_per_epoch as f64 / self.step as f64,
-        })
+            seconds_per_epoch: seconds * steps_per_epoch as f64 / step as f64,
+        })?;
+        Stopped::remove(&self.dir)
     }
 
     /// The order of the training texts in an epoch.
@@ -211,7 +223,7 @@ impl<'a> Run<'a> {
         batch: &[usize],
         window: &mut Window,
     ) -> Result<()> {
-        let place = self.step.to_le_bytes();
+        let place = self.progress.step.to_le_bytes();
         let dropout_seed = xxh3_64_with_seed(&place, self.seed ^ 0x5eed);
         let tokens = self.encoder.batch(batch.iter().map(|&i| &texts[i]));
         let (loss, tape) = Tape::record(|| {
@@ -226,7 +238,7 @@ impl<'a> Run<'a> {
         optimizer.step(&found, window.lr, &norm, self.config.train.max_grad_norm)?;
         window.losses.push(loss.detach());
         window.norms.push(norm);
-        self.step += 1;
+        self.progress.step += 1;
         Ok(())
     }
 
@@ -264,22 +276,23 @@ impl<'a> Run<'a> {
         ensure!(
             loss.is_finite() && grad_norm.is_finite(),
             "loss {loss} and gradient norm {grad_norm} up to step {} are not all finite; try a lower --lr or a longer --warmup-ratio",
-            self.step
+            self.progress.step
         );
         tracing::info!(
             "seed {} step {:>6}: loss {loss:.4}, lr {lr:.1e}",
             self.seed,
-            self.step
+            self.progress.step
         );
         self.record(&FinetuneRecord::Train {
-            step: self.step,
+            step: self.progress.step,
             loss,
             lr,
             grad_norm,
         })
     }
 
-    fn log_epoch(&self, epoch: u64, seconds: f64) -> Result<()> {
+    fn log_epoch(&mut self, epoch: u64) -> Result<()> {
+        let seconds = std::mem::take(&mut self.progress.epoch_seconds);
         tracing::info!("seed {} epoch {epoch}: {seconds:.2} s", self.seed);
         self.record(&FinetuneRecord::Epoch { epoch, seconds })
     }
@@ -295,7 +308,7 @@ impl<'a> Run<'a> {
             let truth: Vec<Label> = split.examples.iter().filter_map(|e| e.label).collect();
             let metrics = dataset.metrics.iter();
             let evaluation = Evaluation {
-                step: self.step,
+                step: self.progress.step,
                 split: split.name.to_string(),
                 loss: f64::from(loss.to_scalar::<f32>()?),
                 metrics: metrics
@@ -405,6 +418,10 @@ impl<'a> Run<'a> {
     }
 }
 
+fn steps_per_epoch(config: &FinetuneConfig, dataset: &Dataset) -> u64 {
+    dataset.train.len().div_ceil(config.train.batch_size) as u64
+}
+
 fn encode(encoder: &TextEncoder, examples: &[Example]) -> Result<Vec<Encoded>> {
     let texts: Vec<Text> = examples.iter().map(Example::as_text).collect();
     encoder.encode(&texts)
@@ -427,94 +444,6 @@ impl FinetuneTraining {
             warmup_steps: (self.warmup_ratio * steps as f64).round() as u64,
             decay: self.decay,
             min_ratio: 0.0,
-        }
-    }
-}
-
-/// The layer of a weight: 0 for embeddings, then 1 for the first layer, and one more than there are
-/// layers for the head.
-fn depth(name: &str, config: &BertConfig) -> usize {
-    let layer = name
-        .strip_prefix("encoder.layer.")
-        .and_then(|rest| rest.split('.').next());
-    match layer.and_then(|layer| layer.parse::<usize>().ok()) {
-        Some(layer) => layer + 1,
-        None if name.starts_with("head.") => config.num_hidden_layers + 1,
-        // The last LayerNorm of models that normalise first.
-        None if name.starts_with("encoder.LayerNorm") => config.num_hidden_layers,
-        None => 0,
-    }
-}
-
-/// AdamW with a learning rate for each depth.
-struct LayerwiseAdamW {
-    /// Factor on the learning rate, and which gradients are meant.
-    groups: Vec<(f64, Vec<usize>, AdamW)>,
-}
-
-impl LayerwiseAdamW {
-    fn new(
-        parameters: &Parameters,
-        config: &BertConfig,
-        settings: &FinetuneTraining,
-    ) -> Result<Self> {
-        let top = config.num_hidden_layers + 1;
-        let scale = |depth: usize| settings.layer_decay.powi((top - depth) as i32);
-        let mut groups: Vec<(f64, Vec<usize>, Vec<Parameter>)> = Vec::new();
-        for (i, (name, var)) in parameters.trained().enumerate() {
-            let scale = scale(depth(name, config));
-            let parameter = Parameter {
-                var: Var::clone(var),
-                weight_decay: if decays(name) {
-                    settings.weight_decay
-                } else {
-                    0.0
-                },
-                rounded: parameters.rounded(name),
-            };
-            match groups.iter_mut().find(|group| group.0 == scale) {
-                Some((_, indices, parameters)) => {
-                    indices.push(i);
-                    parameters.push(parameter);
-                }
-                None => groups.push((scale, vec![i], vec![parameter])),
-            }
-        }
-        let groups = groups.into_iter().map(|(scale, indices, parameters)| {
-            Ok((scale, indices, AdamW::new(parameters, (0.9, 0.999), 1e-8)?))
-        });
-        Ok(Self {
-            groups: groups.collect::<Result<_>>()?,
-        })
-    }
-
-    fn step(&mut self, gradients: &[Tensor], lr: f64, norm: &Tensor, max_norm: f64) -> Result<()> {
-        for (scale, indices, optimizer) in &mut self.groups {
-            let own: Vec<Tensor> = indices.iter().map(|&i| gradients[i].clone()).collect();
-            optimizer.step(&own, lr * *scale, norm, Some(max_norm))?;
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::ModelType;
-
-    #[test]
-    fn depths_go_from_the_embeddings_to_the_head() {
-        let config = BertConfig::new(ModelType::Modernbert, 50, 12, 16, 4, 32)
-            .with_task(Task::SequenceClassification);
-        for (name, expected) in [
-            ("embeddings.word_embeddings.weight", 0),
-            ("encoder.layer.0.output.dense.bias", 1),
-            ("encoder.layer.11.output.dense.bias", 12),
-            ("encoder.LayerNorm.weight", 12),
-            ("encoder.relative_attention_bias.weight", 0),
-            ("head.dense.weight", 13),
-        ] {
-            assert_eq!(depth(name, &config), expected, "{name}");
         }
     }
 }
