@@ -143,8 +143,8 @@ impl<'a> Run<'a> {
         'epochs: for epoch in self.progress.step / steps_per_epoch..settings.epochs {
             let order = self.order(epoch);
             let batches = order.chunks(settings.batch_size).zip(1u64..);
-            let done = self.progress.step % steps_per_epoch;
-            for (batch, done) in batches.skip(done as usize) {
+            let before = self.progress.step % steps_per_epoch;
+            for (batch, done) in batches.skip(before as usize) {
                 if stop.load(Ordering::Relaxed) {
                     self.log(&mut window)?;
                     let (parameters, progress) = (&self.parameters, &self.progress);
