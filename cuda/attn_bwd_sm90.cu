@@ -1,5 +1,5 @@
-// Attention on Hopper, backward: dq, dk, dv from q, k, v, o, lse and d_o. Deterministic: no
-// atomics.
+// Attention on Hopper, backward: dq, dk, dv from q, k, v, o, lse and d_o. Deterministic: no two threads
+// add to the same place.
 //
 //   one kernel, launched twice: for dq it owns blocks of queries and walks over keys, for dk and dv
 //   it owns blocks of keys and walks over queries. One thread block a multiprocessor; for each
@@ -48,6 +48,44 @@ struct BwdSm90 {
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
 };
 
+// Blocks are persistent, one a multiprocessor, and take units of work in turn. Without causality a
+// unit is one block of rows of one head; with it, a block of one head and the block as far from the
+// other end of the next head (the unit's second part), so that all units take equally long.
+struct BwdWork : KernelParams {
+  int parts, units;
+
+  BwdWork(const KernelParams& p, int rows) : KernelParams(p), parts(p.causal ? 2 : 1), units() {
+    blocks = ceil_div(seqlen, rows);
+    const int64_t count = (int64_t{num_heads} * batch + parts - 1) / parts * blocks;
+    units = count <= INT32_MAX / 2 ? static_cast<int>(count) : -1;
+  }
+};
+
+// The block, head and sequence that a thread block works on.
+struct Place {
+  int unit, part, block, head, batch;
+  bool valid;
+
+  __device__ __forceinline__ explicit Place(const BwdWork& p) : unit(blockIdx.x), part(-1) {
+    next(p);
+  }
+
+  __device__ __forceinline__ void next(const BwdWork& p) {
+    int any_head;
+    do {
+      if (++part == p.parts) {
+        part = 0;
+        unit += gridDim.x;
+      }
+      any_head = unit / p.blocks * p.parts + part;
+    } while (unit < p.units && any_head >= p.num_heads * p.batch);
+    valid = unit < p.units;
+    block = part == 0 ? p.blocks - 1 - unit % p.blocks : unit % p.blocks;
+    head = any_head % p.num_heads;
+    batch = any_head / p.num_heads;
+  }
+};
+
 // One block of rows, as the producer announces it to the consumers.
 struct BwdItem {
   int row0;  // -1: no more work
@@ -88,7 +126,7 @@ inline int64_t sums_columns(const AttnParams& p) {
   return int64_t{3} * p.num_heads * p.head_dim;
 }
 
-struct BwdSm90Params : Sm90Params {
+struct BwdSm90Params : BwdWork {
   CUtensorMap a_maps[3], b_maps[2];
   float* lse_log2;
   float* delta;
@@ -96,7 +134,7 @@ struct BwdSm90Params : Sm90Params {
   int64_t stats_rows;
 
   BwdSm90Params(const KernelParams& p, int rows, float* sums)
-      : Sm90Params(p, rows),
+      : BwdWork(p, rows),
         lse_log2(static_cast<float*>(p.workspace)),
         sums(sums),
         stats_rows(attn::stats_rows(p)) {
@@ -375,7 +413,8 @@ __device__ __forceinline__ void consume(const BwdSm90Params& p) {
     sync_group(1 + group, 128);
     if (rope.cos != nullptr) rotate_back<D>(d0, rope, warp_row0, len);
     if (p.d_qkv_sums != nullptr) {
-      float* const sums = p.sums + (int64_t{blockIdx.x} * (S::kConsumers / 32) + warp) * 3 * p.num_heads * D;
+      const int64_t sums_row = int64_t{blockIdx.x} * (S::kConsumers / 32) + warp;
+      float* const sums = p.sums + sums_row * 3 * p.num_heads * D;
       const auto of = [&](int which) { return sums + (which * p.num_heads + item.head) * D; };
       add_column_sums<D>(d0, warp_row0, len, p.softmax_scale, of(kKeys ? 1 : 0));
       if constexpr (kKeys) add_column_sums<D>(dv, warp_row0, len, 1.0f, of(2));
@@ -441,11 +480,11 @@ size_t bwd_sm90_stats_bytes(const AttnParams& p) {
 }
 
 // Rows of partial sums: one for every warp of every thread block.
-int64_t sums_rows(const AttnParams& p) {
+inline int64_t sums_rows(const AttnParams& p) {
   return for_sm90(p, [&]<class T, int D>() {
     using S = BwdSm90<D, true>;
     static_assert(S::kM == BwdSm90<D, false>::kM, "both launches have the same thread blocks");
-    const int units = Sm90Params(KernelParams(p), S::kM).units;
+    const int units = BwdWork(KernelParams(p), S::kM).units;
     return std::clamp(units, 0, kMostMultiprocessors) * (S::kConsumers / 32);
   });
 }

@@ -5,7 +5,7 @@
 //     one warp plans: which tiles these are and what they see, some blocks ahead
 //     one producer thread:
 //       load q (TMA)
-//       for each tile of keys that the block sees, for each of its heads:
+//       for each tile of keys that the block sees, for each of its runs of one head's tiles:
 //         load k, v into a ring of stages (TMA), for the warpgroups that see them
 //     each consumer warpgroup, for its 64 queries:
 //       if RoPE, rotate q in shared memory (k comes rotated)
@@ -33,15 +33,16 @@
 //      that one's products run beside the others' exponentials: 374, 489, 536 -> 401, 530, 574.
 //   3. Exponentials before the wait for the product beside them (the compiler moves the wait up
 //      unless a branch is in its way), addresses in uniform registers, blocks decoded by the
-//      producer: 341, 467, 522 -> 376, 507, 574.
+//      producer (now by a planner, 6.): 341, 467, 522 -> 376, 507, 574.
 //   4. s of a tile beside o += p v of the tile before, in one warpgroup: 365, 472, 524 -> 374, 489,
 //      536.
 //   5. Causal blocks in pairs of equal length, instead of the longest first: causal head_dim 128 at
 //      2048 376 -> 610; head_dim 64 415 -> 441.
-//   6. Blocks that take tiles of several heads, planned by a warp of its own. No warpgroup is idle
-//      where three do not divide a head's tiles, and causal ones see as much as their neighbours:
-//      on one H200, at 512, 1024 and 2048, 387, 434, 515 -> 412, 475, 516; causal 231, 280, 397 ->
-//      265, 349, 420.
+//   6. Blocks that take tiles of several heads, planned by a warp of its own. Only one block of a
+//      line of three heads may have idle warpgroups where three do not divide a head's tiles, and
+//      causal warpgroups see about as much as their neighbours: on one H200, at 512, 1024, 2048 and
+//      8192, 387, 434, 515, 550 -> 412, 475, 516, 539; causal 231, 280, 397, 498 -> 265, 349, 420,
+//      496.
 #include "sm90_common.cuh"
 #include "softmax.cuh"
 
@@ -70,22 +71,24 @@ struct FwdSm90 : FwdSm90Config<D> {
   static constexpr int kM = 64 * C::kGroups, kConsumers = 128 * C::kGroups;
   static constexpr int kThreads = kConsumers + 128, kItems = 4;
   static constexpr int kQ = kM * D, kTile = C::kN * D;  // elements
+  static_assert(C::kGroups <= C::kStages, "a block's runs fit the ring");
 };
 
 // A warpgroup's part of a block.
 struct QueryTile {
   int q0;     // its first query; len: none
   int head;   // -1: none
-  int share;  // which of the block's heads that is
+  int run;    // which of the block's runs that is in
   int k_end;  // of the keys that it sees
   int stage;  // where in the ring its first tile of keys is
   uint32_t parity;
 };
 
-// A block of query tiles, which may belong to several heads of a sequence.
+// A block of query tiles, which may belong to several heads of a sequence. Tiles of one head that
+// follow each other are a run, and each run has the keys loaded for itself.
 template <int kGroups>
 struct Item {
-  int heads;  // 0: no more work
+  int runs;  // 0: no more work
   int batch;
   int k_begin, k_end;  // of the keys that some tile sees; k_begin is a multiple of the tile size
   int len, key_end;    // of the sequence
@@ -169,12 +172,13 @@ struct Block {
 
   // The head and the first query of the tile at place t of the line.
   __device__ __forceinline__ void locate(int t, int& head, int& q0) const {
-    const int start = tiles % band, width = t < heads * start ? start : band;
-    const int skipped = t < heads * start ? 0 : start;  // of each head
+    const int whole = tiles / band * band;  // tiles of a head in bands that are not cut short
+    const bool rest = t >= heads * whole;
+    const int width = rest ? tiles - whole : band, skipped = rest ? whole : 0;
     t -= heads * skipped;
-    const int run = t / width;
-    head = head0 + run % heads;
-    q0 = 64 * (skipped + run / heads * width + t % width);
+    const int stretch = t / width;
+    head = head0 + stretch % heads;
+    q0 = 64 * (skipped + stretch / heads * width + t % width);
   }
 };
 
@@ -271,17 +275,17 @@ __device__ __forceinline__ void plan(const FwdSm90Params& p) {
       k_begin = __reduce_min_sync(~0u, k_begin);
       const int before = __shfl_up_sync(~0u, tile.head, 1);
       const uint32_t firsts = __ballot_sync(~0u, some && (lane == 0 || tile.head != before));
-      const int heads = __popc(firsts);
-      tile.share = __popc(firsts << (31 - lane)) - 1;
-      tile.stage = (loaded + tile.share) % S::kStages;
-      tile.parity = (loaded + tile.share) / S::kStages % 2;
-      loaded += heads * ceil_div(max(k_end - k_begin, 0), kN);
+      const int runs = __popc(firsts);
+      tile.run = __popc(firsts << (31 - lane)) - 1;
+      tile.stage = (loaded + tile.run) % S::kStages;
+      tile.parity = (loaded + tile.run) / S::kStages % 2;
+      loaded += runs * ceil_div(max(k_end - k_begin, 0), kN);
 
       wait(shared.item_empty + ring.stage, ring.parity ^ 1);
       auto& item = shared.items[ring.stage];
       if (lane < S::kGroups) item.tiles[lane] = tile;
       if (lane == 0) {
-        item.heads = heads;
+        item.runs = runs;
         item.batch = block.batch;
         item.k_begin = k_begin;
         item.k_end = k_end;
@@ -296,7 +300,7 @@ __device__ __forceinline__ void plan(const FwdSm90Params& p) {
   }
   wait(shared.item_empty + ring.stage, ring.parity ^ 1);
   if (lane == 0) {
-    shared.items[ring.stage].heads = 0;
+    shared.items[ring.stage].runs = 0;
     arrive(shared.item_full + ring.stage);
   }
 }
@@ -313,24 +317,24 @@ __device__ __forceinline__ void produce(const FwdSm90Params& p) {
   for (;; items.next(), q_ring.next()) {
     wait(shared.item_full + items.stage, items.parity);
     const auto& item = shared.items[items.stage];
-    if (item.heads == 0) break;
+    if (item.runs == 0) break;
     const int row0 = static_cast<int>(item.first_row);
     const int batch = p.cu_seqlens != nullptr ? 0 : item.batch;
     const int k_begin = item.k_begin, k_end = item.k_end;
-    int head[kGroups], share[kGroups], k_ends[kGroups], q0[kGroups], some = 0;
+    int head[kGroups], run[kGroups], k_ends[kGroups], q0[kGroups], queries = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       head[g] = item.tiles[g].head;
-      share[g] = item.tiles[g].share;
+      run[g] = item.tiles[g].run;
       k_ends[g] = item.tiles[g].k_end;
       q0[g] = item.tiles[g].q0;
-      some += head[g] >= 0;
+      queries += head[g] >= 0 ? 64 : 0;
     }
     arrive(shared.item_empty + items.stage);
 
     Barrier* const q_full = shared.q_full + q_ring.stage;
     wait(shared.q_empty + q_ring.stage, q_ring.parity ^ 1);
-    arrive_expect(q_full, some * 64 * D * 2);
+    arrive_expect(q_full, queries * D * 2);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       if (head[g] < 0) continue;
@@ -341,18 +345,21 @@ __device__ __forceinline__ void produce(const FwdSm90Params& p) {
       }
     }
     for (int k0 = k_begin; k0 < k_end; k0 += kN) {
-      // Tiles of the block's heads alternate.
+      // Tiles of the block's runs alternate.
 #pragma unroll
       for (int h = 0; h < kGroups; ++h) {
-        if (head[h] < 0 || (h > 0 && share[h] == share[h - 1])) continue;
+        if (head[h] < 0 || (h > 0 && run[h] == run[h - 1])) continue;
         int users = 0;
 #pragma unroll
-        for (int g = h; g < kGroups; ++g) users += share[g] == share[h] && k0 < k_ends[g];
+        for (int g = h; g < kGroups; ++g) users += run[g] == run[h] && k0 < k_ends[g];
         auto load = [&](auto& tiles, const CUtensorMap& map, Barrier* full, Barrier* empty) {
           wait(empty + ring.stage, ring.parity ^ 1);
           // Warpgroups that do not see the tile never ask for it. They may skip that phase of
           // `full`: before they ask for a later tile of the stage, they have a turn that comes
-          // after the one in which others found this tile loaded.
+          // after the one in which others found this tile loaded. Nobody finds a tile without users
+          // loaded, but its phase ends here, before any later tile is loaded. Nor does a look ahead
+          // (is_over) find an older tile: that kStages before belongs to this or an earlier turn, as
+          // a block has at most kStages runs, which all begin at k_begin.
           if (users < kGroups) arrive_many(empty + ring.stage, 4 * (kGroups - users));
           arrive_expect(full + ring.stage, users > 0 ? S::kTile * 2 : 0);
           if (users == 0) return;
@@ -398,8 +405,8 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
   for (;;) {
     wait(shared.item_full + items.stage, items.parity);
     const auto& item = shared.items[items.stage];
-    const int heads = item.heads;
-    if (heads == 0) break;
+    const int runs = item.runs;
+    if (runs == 0) break;
     const QueryTile& tile = item.tiles[group];
     const int group_q0 = tile.q0, warp_q0 = group_q0 + warp % 4 * 16;
     const int len = item.len, key_end = item.key_end, k_end = item.k_end, own_end = tile.k_end;
@@ -486,7 +493,7 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
       bool k_ready = false, v_ready = false;
       for (k0 += kN; k0 < own_end; k0 += kN) {
         const Ring<kStages> before = ring;
-        ring.advance(heads);
+        ring.advance(runs);
         pin(flat(out));
         turn([&] {
           scores(s, k_ready);
@@ -499,7 +506,7 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
         const bool exceeds = softmax.exceeds(s);
         if (exceeds) softmax.raise(s, shrink, scale_log2);
         Ring<kStages> next = ring;
-        next.advance(heads);
+        next.advance(runs);
         k_ready = is_over(shared.k_full + next.stage, next.parity);
         v_ready = is_over(shared.v_full + ring.stage, ring.parity);
         softmax.template exponentiate<0, kFirst>(s, scale_log2);
@@ -599,7 +606,8 @@ int fwd(const KernelParams& params) {
   ATTN_RETURN_IF(tile_map(p, p.q, 64, p.q_map));
   ATTN_RETURN_IF(tile_map(p, p.k, S::kN, p.k_map));
   ATTN_RETURN_IF(tile_map(p, p.v, S::kN, p.v_map));
-  return launch_persistent(fwd_sm90_kernel<T, D>, p.units * p.parts, S::kThreads, sizeof(FwdShared<T, D>), p);
+  return launch_persistent(fwd_sm90_kernel<T, D>, p.units * p.parts, S::kThreads,
+                           sizeof(FwdShared<T, D>), p);
 }
 
 int fwd_sm90(const KernelParams& p) {

@@ -65,9 +65,9 @@ typedef struct AttnParams {
   // the distances d with bias_buckets[d + seqlen - 1] = bucket.
   const int32_t* bias_buckets;
   float* d_bias;
-  // For the backward, null or where attn_bwd_sums_columns: sums over all tokens of dq, dk and dv before
-  // they are rounded, f32 [3, num_heads, head_dim]. They are the gradient of the bias of a layer that
-  // makes q, k and v.
+  // For the backward, null, or set only where attn_bwd_sums_columns says 1: sums over all tokens of dq,
+  // dk and dv before they are rounded, f32 [3, num_heads, head_dim]. They are the gradient of the bias
+  // of a layer that makes q, k and v.
   float* d_qkv_sums;
   // attn_fwd_workspace_bytes or attn_bwd_workspace_bytes bytes, 16-byte aligned; its contents need
   // not survive between calls.
@@ -111,8 +111,8 @@ size_t attn_bwd_workspace_bytes(const AttnParams* params);
 // Bytes that AttnParams::rotated needs.
 size_t attn_rotated_bytes(const AttnParams* params);
 
-// Whether attn_bwd with these parameters, whose tensors are set, can write AttnParams::d_qkv_sums on the
-// current device: 1 or 0.
+// Whether attn_bwd with these parameters, whose tensors are set, can write AttnParams::d_qkv_sums on
+// the current device: 1 or 0.
 int attn_bwd_sums_columns(const AttnParams* params);
 
 // Enqueue on params->stream of the current device. Return ATTN_OK, an AttnError, or a cudaError_t;

@@ -305,8 +305,8 @@ __device__ __forceinline__ void stmatrix(uint32_t row, uint32_t a, uint32_t b, u
                : "memory");
 }
 
-// to[0] += a, to[1] += b in device memory, on an 8-byte boundary; nothing waits for it. Additions of one
-// thread to one place happen in order.
+// to[0] += a, to[1] += b in device memory, on an 8-byte boundary; nothing waits for it. Additions of
+// one thread to one place happen in order.
 __device__ __forceinline__ void add_to_global(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b)
                : "memory");

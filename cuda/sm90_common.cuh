@@ -1,5 +1,5 @@
-// What the Hopper kernels of both directions share: descriptions of tensors, the order of work, and
-// operations on tiles and accumulators.
+// What the Hopper kernels of both directions share: descriptions of tensors, the launch, and operations
+// on tiles and accumulators.
 #pragma once
 
 #include <algorithm>
@@ -36,45 +36,7 @@ inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensor
   return encode_tiles(map, t.ptr, dims, strides, box);
 }
 
-// ---- Work --------------------------------------------------------------------------------------
-
-// Blocks are persistent, one a multiprocessor, and take units of work in turn. Without causality a
-// unit is one block of rows of one head; with it, a block of one head and the block as far from the
-// other end of the next head (the unit's second part), so that all units take equally long.
-struct Sm90Params : KernelParams {
-  int parts, units;
-
-  Sm90Params(const KernelParams& p, int rows) : KernelParams(p), parts(p.causal ? 2 : 1), units() {
-    blocks = ceil_div(seqlen, rows);
-    const int64_t count = (int64_t{num_heads} * batch + parts - 1) / parts * blocks;
-    units = count <= INT32_MAX / 2 ? static_cast<int>(count) : -1;
-  }
-};
-
-// The block, head and sequence that a thread block works on.
-struct Place {
-  int unit, part, block, head, batch;
-  bool valid;
-
-  __device__ __forceinline__ explicit Place(const Sm90Params& p) : unit(blockIdx.x), part(-1) {
-    next(p);
-  }
-
-  __device__ __forceinline__ void next(const Sm90Params& p) {
-    int any_head;
-    do {
-      if (++part == p.parts) {
-        part = 0;
-        unit += gridDim.x;
-      }
-      any_head = unit / p.blocks * p.parts + part;
-    } while (unit < p.units && any_head >= p.num_heads * p.batch);
-    valid = unit < p.units;
-    block = part == 0 ? p.blocks - 1 - unit % p.blocks : unit % p.blocks;
-    head = any_head % p.num_heads;
-    batch = any_head / p.num_heads;
-  }
-};
+// ---- Launch --------------------------------------------------------------------------------------
 
 constexpr int kMostMultiprocessors = 144;  // of any device of compute capability 9.0
 
@@ -85,7 +47,8 @@ int launch_persistent(Kernel kernel, int blocks, int threads, size_t smem, const
   int device, count;
   ATTN_RETURN_IF(cudaGetDevice(&device));
   ATTN_RETURN_IF(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return launch(kernel, std::min({count, kMostMultiprocessors, blocks}), threads, smem, p.stream, p);
+  blocks = std::min({count, kMostMultiprocessors, blocks});
+  return launch(kernel, blocks, threads, smem, p.stream, p);
 }
 
 // ---- Tiles and accumulators --------------------------------------------------------------------
@@ -203,8 +166,8 @@ __device__ __forceinline__ void rotate_back(float (&x)[D / 8][4], const Rope& ro
   }
 }
 
-// Of lanes that hold parts of the same sums, 4, 8 and 16 apart, each gives another one half of its parts
-// for that one's of the other half, and so on: in the end each lane has an eighth of the sums.
+// Of lanes that hold parts of the same sums, 4, 8 and 16 apart, each gives another one half of its
+// parts for that one's of the other half, and so on: in the end each lane has an eighth of the sums.
 template <int kHalf, int kLanes, int N>
 __device__ __forceinline__ void share_sums(float (&sum)[N][2], int lane) {
   const bool upper = (lane & kLanes) != 0;
@@ -220,8 +183,8 @@ __device__ __forceinline__ void share_sums(float (&sum)[N][2], int lane) {
   if constexpr (kLanes > 4) share_sums<kHalf / 2, kLanes / 2>(sum, lane);
 }
 
-// Adds scale times the sums of the columns of a warp's 16 rows from row0 on, but not from `end` on, to
-// `to`, which no other warp writes.
+// Adds scale times the sums of the columns of a warp's 16 rows from row0 on, but not from `end` on,
+// to `to`, which no other warp writes.
 template <int D>
 __device__ __forceinline__ void add_column_sums(const float (&x)[D / 8][4], int row0, int end,
                                                 float scale, float* to) {

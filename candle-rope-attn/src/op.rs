@@ -302,7 +302,8 @@ impl Attention {
         if !tape::records(&[qkv]) {
             return qkv.apply_op1(self);
         }
-        let sum_columns = bias.is_some_and(Tensor::track_op);
+        // With axes of their own, the layer makes the width of a head alone.
+        let sum_columns = self.flat && bias.is_some_and(Tensor::track_op);
         let out = tape::run1(&self, qkv)?;
         let (qkv, saved) = (qkv.clone(), out.clone());
         tape::push(NAME, &out, move |grad, gradients| {
