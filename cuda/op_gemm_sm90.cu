@@ -29,6 +29,8 @@
 //      fence of global memory. 422, 430 -> 333, 382.
 //   4. Reading pre 4 rows ahead, not 2: 382 -> 370. Reciprocals that expect no denormals, and
 //      stores that expect no reader: 333, 370 -> 307, 339.
+//   5. Few rows go to cuBLAS, which splits them further: of 128 rows, gelu takes 17.5 here and 6.3 +
+//      2.6 there, rope 21 and 6.2 + the rotation (ncu, one H200).
 // Of no use: pre or dx written by the TMA (320, 356 -> 323, 394), pre fetched to L2 a tile ahead
 // (339 -> 366), one half of the columns after the other. m64n256 needs 154 registers a thread, more
 // than a block of five warpgroups starts with, and the compiler then refuses it.
@@ -58,7 +60,7 @@ constexpr int kMultiplyRegisters = 160, kFinishRegisters = 64, kProduceRegisters
 struct GemmParams {
   CUtensorMap left, right;
   const void* bias;  // [columns]; null in the backward, and maybe for rope
-  void* pre;         // [rows, columns], as dx and y
+  void* pre;         // [rows, columns], as dx and y; gelu without a backward has none
   void* dx;
   void* y;
   float* partial;  // gelu backward: [row blocks, columns]
@@ -250,7 +252,7 @@ struct FinishRows {
 // An epilogue is made before the sums of a tile are there, takes row after row of them, and ends
 // the tile. With kSummedRows the right operand is [summed, columns], else [columns, summed].
 // has_bias is known at compile time where it can be: 338 -> 326 for gelu.
-template <class T>
+template <class T, bool kKeepPre>
 struct GeluEpilogue {
   static constexpr bool kSummedRows = false;
   __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return true; }
@@ -265,13 +267,18 @@ struct GeluEpilogue {
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= Normal(x[i]).cdf;
     if (row < rows.count) {
-      __stcs(rows.at(p, p.pre, row), pre);
+      if constexpr (kKeepPre) __stcs(rows.at(p, p.pre, row), pre);
       store<T>(rows.at(p, p.y, row), x);
     }
   }
 
   __device__ __forceinline__ void end(const GemmParams&, const GemmTile&, const FinishRows<T>&) {}
 };
+
+template <class T>
+using GeluKeepEpilogue = GeluEpilogue<T, true>;
+template <class T>
+using GeluOnlyEpilogue = GeluEpilogue<T, false>;
 
 template <class T>
 struct GeluBackwardEpilogue {
@@ -439,6 +446,11 @@ inline int matrix_map(CUtensorMap& map, const void* matrix, int64_t rows, int64_
                          {size(columns * 2)}, {64, static_cast<cuuint32_t>(box_rows)});
 }
 
+// Of kBlocks * kTileM rows each.
+inline int64_t gemm_tiles(int rows, int columns) {
+  return int64_t{ceil_div(rows, kBlocks * kTileM)} * ceil_div(columns, kTileN);
+}
+
 template <class T, template <class> class Epilogue>
 int gemm(GemmParams& p, const void* left, const void* right, int64_t inner, void* stream) {
   if (!aligned_to_16({left, right, p.bias, p.pre, p.dx, p.y})) return cudaErrorMisalignedAddress;
@@ -448,7 +460,7 @@ int gemm(GemmParams& p, const void* left, const void* right, int64_t inner, void
                      : matrix_map(p.right, right, p.columns, inner, kTileN / kBlocks));
   p.steps = ceil_div(static_cast<int>(inner), kTileK);
   p.column_tiles = ceil_div(p.columns, kTileN);
-  p.tiles = ceil_div(p.rows, kBlocks * kTileM) * p.column_tiles;
+  p.tiles = static_cast<int>(gemm_tiles(p.rows, p.columns));
   int device, processors;
   ATTN_RETURN_IF(cudaGetDevice(&device));
   ATTN_RETURN_IF(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -463,6 +475,17 @@ int gemm(int32_t dtype, GemmParams& p, const void* left, const void* right, int6
                             : gemm<f16, Epilogue>(p, left, right, inner, stream);
 }
 
+// Whether two thirds of the clusters or more get a tile: for fewer, separate kernels are estimated to take
+// less than the time of a tile. The environment variable ATTN_EVERY_SIZE says yes, for tests.
+inline bool fills_device(int rows, int columns) {
+  int device, processors;
+  return std::getenv("ATTN_EVERY_SIZE") != nullptr ||
+         (cudaGetDevice(&device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) ==
+              cudaSuccess &&
+          gemm_tiles(rows, columns) * 3 >= processors / kBlocks * 2);
+}
+
 inline int64_t qkv_columns(const AttnParams& p) { return int64_t{3} * p.num_heads * p.head_dim; }
 
 }  // namespace attn
@@ -472,7 +495,8 @@ int op_gemm_suits(int32_t dtype, int64_t rows, int64_t inner, int64_t columns) {
   return (dtype == ATTN_BF16 || dtype == ATTN_F16) && rows > 0 && rows <= kMost && inner > 0 &&
          inner <= kMost && columns > 0 && columns <= kMost && inner % 64 == 0 &&
          columns % 64 == 0 && rows / 256 * (columns / 256) <= kMost && attn::on_sm90() &&
-         std::getenv("ATTN_PORTABLE") == nullptr;
+         std::getenv("ATTN_PORTABLE") == nullptr &&
+         attn::fills_device(static_cast<int>(rows), static_cast<int>(columns));
 }
 
 int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* bias, void* pre,
@@ -485,7 +509,8 @@ int op_gemm_gelu(int32_t dtype, const void* x, const void* weight, const void* b
   p.y = y;
   p.rows = static_cast<int>(rows);
   p.columns = static_cast<int>(columns);
-  return attn::gemm<attn::GeluEpilogue>(dtype, p, x, weight, inner, stream);
+  return pre == nullptr ? attn::gemm<attn::GeluOnlyEpilogue>(dtype, p, x, weight, inner, stream)
+                        : attn::gemm<attn::GeluKeepEpilogue>(dtype, p, x, weight, inner, stream);
 }
 
 int64_t op_gemm_gelu_partials(int64_t rows) {

@@ -26,9 +26,9 @@ int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* 
 
 // Products with what comes after them, where op_gemm_suits or op_gemm_rope_suits: on Hopper (unless
 // ATTN_PORTABLE is set in the environment), of 16-bit matrices whose inner and columns are multiples
-// of 64, all on 16-byte boundaries.
-//   op_gemm_gelu: pre = x weight^T + bias, y = gelu(pre); x: [rows, inner], weight:
-//     [columns, inner], bias: [columns], pre, y: [rows, columns].
+// of 64, all on 16-byte boundaries, with enough rows and columns to be faster than separate kernels.
+//   op_gemm_gelu: pre = x weight^T + bias, which may be null for not kept, y = gelu(pre);
+//     x: [rows, inner], weight: [columns, inner], bias: [columns], pre, y: [rows, columns].
 //   op_gemm_gelu_bwd: y = gelu(pre), and the gradient dx of pre from that of y, which is dy weight;
 //     dy: [rows, inner], weight: [inner, columns]. sums: f32 [columns], of dx. partial: f32
 //     [op_gemm_gelu_partials(..), columns].

@@ -2,7 +2,8 @@
 # Runs parts of a bundle made by scripts/gpu_bundle.sh:
 #
 #   run.sh PART...          some of
-#     tests                 the Rust tests, which fail if they find no GPU
+#     tests                 the Rust tests, which fail if they find no GPU; those of operations once more
+#                           with products by our own kernels also where others are faster
 #     kernels               check_kernels.py: the kernels against PyTorch (needs PyTorch), on Hopper
 #                           also the portable ones
 #     sanitizer             compute-sanitizer's four tools over a short table of the same
@@ -59,6 +60,7 @@ for part in "$@"; do
       for test in "$here"/tests/*; do
         run "$(basename "$test")" env REQUIRE_CUDA=1 "$test" --nocapture
       done
+      run "ops at every size" env REQUIRE_CUDA=1 ATTN_EVERY_SIZE=1 "$here/tests/ops" --nocapture cuda
       ;;
     kernels)
       check kernels env

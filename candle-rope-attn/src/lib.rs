@@ -128,7 +128,8 @@ pub use spec::{
     Sequences, Window, Yarn,
 };
 
-/// The GPU of that number. Memory that tensors free stays with the program for the next ones.
+/// The GPU of that number. Memory that tensors free stays with the program for the next ones. The work
+/// of each thread is in order; what other streams than Candle's do to its tensors must be waited for.
 ///
 /// # Errors
 /// Says what to do when there is no such GPU or it is too old for the kernels, when the NVIDIA

@@ -53,9 +53,12 @@ impl Head {
         let config = weights.config;
         let language_model = config.task == Task::LanguageModel;
         let output = if language_model && config.tie_word_embeddings {
-            let bias = config.bias.decoder.then(|| weights.get("head.output.bias"));
+            let bias = config
+                .bias
+                .decoder
+                .then(|| weights.tied("head.output.bias"));
             Linear {
-                weight: weights.get(WORD_EMBEDDINGS)?,
+                weight: weights.tied(WORD_EMBEDDINGS)?,
                 bias: bias.transpose()?,
             }
         } else {

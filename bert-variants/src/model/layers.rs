@@ -22,11 +22,23 @@ impl Weights<'_> {
         self.parameters.get(name, self.trainable)
     }
 
+    fn rounded(&self, name: &str) -> Result<Tensor> {
+        self.parameters.get_as(name, self.dtype, self.trainable)
+    }
+
+    /// Of a layer that shares its weight. To train it, there is one gradient, of the f32 values; models that
+    /// do not are spared rounding a large table at every pass.
+    pub fn tied(&self, name: &str) -> Result<Tensor> {
+        // Asked for in either case: an optimizer keeps up to date what the model that it trains asked for.
+        let rounded = self.rounded(name)?;
+        match self.trainable {
+            true => self.get(name),
+            false => Ok(rounded),
+        }
+    }
+
     pub fn linear(&self, name: &str, bias: bool) -> Result<Linear> {
-        let get = |part| {
-            let name = format!("{name}.{part}");
-            self.parameters.get_as(&name, self.dtype, self.trainable)
-        };
+        let get = |part| self.rounded(&format!("{name}.{part}"));
         Ok(Linear {
             weight: get("weight")?,
             bias: bias.then(|| get("bias")).transpose()?,

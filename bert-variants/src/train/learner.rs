@@ -96,3 +96,47 @@ pub(crate) fn explain_out_of_memory(error: anyhow::Error) -> anyhow::Error {
         Err(error) => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::config::ModelType;
+    use crate::train::Precision;
+
+    #[test]
+    fn a_model_made_after_steps_sees_them() -> Result<()> {
+        let (config, device) = (
+            BertConfig::new(ModelType::Bert, 40, 2, 16, 2, 32),
+            Device::Cpu,
+        );
+        let training = TrainConfig {
+            dtype: Precision::Bf16,
+            ..TrainConfig::default()
+        };
+        let parameters = Parameters::init(&config, 1, &device)?;
+        let mut learner = Learner::new(&training, &config, parameters, 1)?;
+        let batch = Batch {
+            input_ids: (0..20).collect(),
+            cu_seqlens: vec![0, 20],
+            label_positions: vec![3, 7],
+            labels: vec![30, 31],
+        };
+        let scores = |parameters: &Parameters| -> Result<Vec<Vec<f32>>> {
+            let model = LanguageModel::new(&config, parameters, false, DType::BF16)?;
+            let logits = model.logits(&(&batch).into(), &batch.label_positions, None)?;
+            Ok(logits.to_dtype(DType::F32)?.to_vec2()?)
+        };
+        let before = scores(&learner.parameters)?;
+        for step in 0..2 {
+            learner.step(std::slice::from_ref(&batch), step, 0.1)?;
+        }
+        let fresh = Parameters::init(&config, 2, &device)?;
+        fresh.assign(&learner.parameters.copy()?)?;
+        let after = scores(&learner.parameters)?;
+        assert_eq!(after, scores(&fresh)?);
+        assert_ne!(after, before);
+        Ok(())
+    }
+}

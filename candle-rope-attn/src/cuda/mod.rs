@@ -58,8 +58,8 @@ pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// Pointers for launches on one stream. The launches come after what other streams did before to
-/// the memory, and before what they do once this is dropped.
+/// Pointers for launches on one stream. If the device tracks the work of several streams, the launches
+/// come after what others did before to the memory, and before what they do once this is dropped.
 pub(crate) struct Pointers<'a> {
     stream: &'a CudaStream,
     guards: Vec<SyncOnDrop<'a>>,

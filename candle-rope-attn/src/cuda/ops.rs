@@ -121,33 +121,38 @@ fn gemm_suits([rows, inner, columns]: [usize; 3], matrices: &[Input]) -> Result<
     Ok(suits != 0 && matrices.iter().all(alike))
 }
 
-/// `x weight^T + bias`, and `gelu` of that: one kernel, if there is one for these.
+/// `gelu(x weight^T + bias)`, and with `keep_pre` what that is the GELU of: one kernel, if there is one
+/// for these.
 pub(crate) fn linear_gelu(
     x: Input,
     weight: Input,
     bias: Input,
-) -> Result<Option<(CudaStorage, CudaStorage)>> {
+    keep_pre: bool,
+) -> Result<Option<(CudaStorage, Option<CudaStorage>)>> {
     let (rows, inner) = rows_and_columns(x.1.dims());
     let (columns, _) = rows_and_columns(weight.1.dims());
     if !gemm_suits([rows, inner, columns], &[x, weight, bias])? {
         return Ok(None);
     }
     let (device, dtype) = (x.0.device(), x.0.dtype());
-    let mut pre = alloc_storage(device, dtype, rows * columns)?;
+    let mut pre = match keep_pre {
+        true => Some(alloc_storage(device, dtype, rows * columns)?),
+        false => None,
+    };
     let mut y = alloc_storage(device, dtype, rows * columns)?;
     launch!(device, || describe("linear and gelu", x.1, dtype), p => ffi::op_gemm_gelu(
         dtype_code(dtype),
         input(&mut p, x)?,
         input(&mut p, weight)?,
         input(&mut p, bias)?,
-        p.write_storage(&mut pre)?,
+        pre.as_mut().map_or(Ok(std::ptr::null_mut()), |pre| p.write_storage(pre))?,
         p.write_storage(&mut y)?,
         rows as i64,
         inner as i64,
         columns as i64,
         p.stream(),
     ))?;
-    Ok(Some((pre, y)))
+    Ok(Some((y, pre)))
 }
 
 /// As [`gelu_and_backward`], from the gradient of `gelu(x) weight^T`, `[.., inner]`, and the weight

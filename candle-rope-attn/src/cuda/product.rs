@@ -9,6 +9,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasOperation_t;
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
 use sys::cublasLtMatmulDescAttributes_t as DescAttribute;
 use sys::cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute;
@@ -18,8 +19,8 @@ use super::{Pointers, alloc, alloc_storage};
 use crate::operand::Operand;
 use crate::ops::product::Product;
 
-/// What cuBLAS recommends for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
+/// The most memory for partial sums: what cuBLAS recommends for Hopper.
+const MAX_WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Batches of ever new sizes would fill memory with plans.
 const MAX_PLANS: usize = 4096;
@@ -65,7 +66,6 @@ pub(crate) fn product(product: &Product) -> Result<CudaStorage> {
     if inner == 0 {
         bail!("product: got matrices of {rows}x0 and 0x{columns}, expected no empty sum")
     }
-    let mut workspace = alloc::<u8>(device, WORKSPACE_BYTES)?;
 
     let stream = device.cuda_stream();
     let mut pointers = Pointers::new(&stream)?;
@@ -92,8 +92,7 @@ pub(crate) fn product(product: &Product) -> Result<CudaStorage> {
         bias,
         add,
         to,
-        workspace: pointers.write(&mut workspace).cast(),
-        stream: pointers.stream(),
+        stream: &stream,
     };
     PLANS.with_borrow_mut(|plans| {
         if plans.len() >= MAX_PLANS {
@@ -115,15 +114,14 @@ fn alignment(address: *const c_void) -> usize {
 }
 
 /// Factor and addresses of one product.
-struct Call {
+struct Call<'a> {
     scale: f32,
     left: *const c_void,
     right: *const c_void,
     bias: Option<*const c_void>,
     add: Option<*const c_void>,
     to: *mut c_void,
-    workspace: *mut c_void,
-    stream: *mut c_void,
+    stream: &'a CudaStream,
 }
 
 /// How cuBLASLt computes one kind of product.
@@ -133,6 +131,7 @@ struct Plan {
     right: MatrixLayout,
     result: MatrixLayout,
     algorithm: sys::cublasLtMatmulAlgo_t,
+    workspace_bytes: usize,
     add: bool,
 }
 
@@ -172,7 +171,7 @@ impl Plan {
         let preference = Preference::new()?;
         preference.set(
             PreferenceAttribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-            &WORKSPACE_BYTES,
+            &MAX_WORKSPACE_BYTES,
         )?;
         // Partial sums are added in f32, in a fixed order.
         preference.set(
@@ -211,6 +210,7 @@ impl Plan {
             right,
             result,
             algorithm: found.algo,
+            workspace_bytes: found.workspaceSize,
             add: key.add,
         })
     }
@@ -222,6 +222,13 @@ impl Plan {
         }
         let (one, zero) = (1f32, 0f32);
         let beta = if self.add { &one } else { &zero };
+        // Most algorithms need none.
+        let mut workspace = match self.workspace_bytes {
+            0 => None,
+            bytes => Some(alloc::<u8>(device, bytes)?),
+        };
+        let mut pointers = Pointers::new(call.stream)?;
+        let workspace = workspace.as_mut().map(|memory| pointers.write(memory));
         // SAFETY: the pointers are live device memory of the sizes that the plan was made for, and
         // stay so until the product is enqueued.
         let enqueued = unsafe {
@@ -239,9 +246,9 @@ impl Plan {
                 call.to,
                 self.result.0,
                 &self.algorithm,
-                call.workspace,
-                WORKSPACE_BYTES,
-                call.stream.cast(),
+                workspace.unwrap_or(std::ptr::null_mut()).cast(),
+                self.workspace_bytes,
+                pointers.stream().cast(),
             )
         };
         explain(enqueued)

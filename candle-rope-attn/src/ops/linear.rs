@@ -72,8 +72,8 @@ pub fn mlp_add(
     (out_weight, out_bias): (&Tensor, Option<&Tensor>),
     residual: &Tensor,
 ) -> Result<Tensor> {
-    let (hidden, activated) = Linear::new(x, weight, bias, None)?.forward_and_gelu()?;
-    Linear::new(&hidden, out_weight, out_bias, Some(residual))?.forward(Input::Gelu(activated))
+    let (hidden, input) = Linear::new(x, weight, bias, None)?.forward_to_gelu()?;
+    Linear::new(&hidden, out_weight, out_bias, Some(residual))?.forward(input)
 }
 
 /// [`linear`] to q, k and v of all heads, flat, with q and k rotated, if there is a kernel for these.
@@ -161,8 +161,8 @@ impl Linear {
         Ok(self.output(y, activate))
     }
 
-    /// The result, and its GELU where that comes with it.
-    fn forward_and_gelu(self) -> Result<(Tensor, Option<Tensor>)> {
+    /// What the next layer gets as its x, and what it multiplies: GELU of the result.
+    fn forward_to_gelu(self) -> Result<(Tensor, Input)> {
         #[cfg(feature = "cuda")]
         if let Some(bias) = &self.bias
             && self.x.device().is_cuda()
@@ -170,15 +170,20 @@ impl Linear {
         {
             let locked = [&self.x, &self.weight, bias].map(Locked::new);
             let [x, weight, bias] = locked.each_ref().map(Locked::operand);
-            let found = cuda::linear_gelu(x?.cuda()?, weight?.cuda()?, bias?.cuda()?)?;
+            let keep_pre = self.records();
+            let found = cuda::linear_gelu(x?.cuda()?, weight?.cuda()?, bias?.cuda()?, keep_pre)?;
             drop(locked);
-            if let Some((y, activated)) = found {
-                let y = self.output(Storage::Cuda(y), false);
-                let activated = plain(Storage::Cuda(activated), y.shape());
-                return Ok((y, Some(activated)));
+            if let Some((activated, pre)) = found {
+                let activated = plain(Storage::Cuda(activated), self.output_shape());
+                // Without a backward pass the result itself is of no use.
+                let Some(pre) = pre else {
+                    return Ok((activated, Input::Given));
+                };
+                let y = self.output(Storage::Cuda(pre), false);
+                return Ok((y, Input::Gelu(Some(activated))));
             }
         }
-        Ok((self.forward(Input::Given)?, None))
+        Ok((self.forward(Input::Given)?, Input::Gelu(None)))
     }
 
     /// The result as q, k and v with q and k rotated, if the device does that in one kernel. The
@@ -218,9 +223,13 @@ impl Linear {
         !self.records() && self.inputs().any(Tensor::track_op)
     }
 
+    fn output_shape(&self) -> Shape {
+        output_shape(self.x.dims(), rows_and_columns(self.weight.dims()).0)
+    }
+
     /// Makes a tensor of what was computed, on the tape if one records.
     fn output(self, y: Storage, activate: bool) -> Tensor {
-        let shape = output_shape(self.x.dims(), rows_and_columns(self.weight.dims()).0);
+        let shape = self.output_shape();
         if !self.records() {
             return plain(y, shape);
         }
