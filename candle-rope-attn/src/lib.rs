@@ -106,6 +106,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod element;
+mod graph;
 mod op;
 mod operand;
 pub mod ops;
@@ -118,6 +119,7 @@ mod tape;
 
 use candle_core::{Device, Result};
 
+pub use graph::Graph;
 pub use op::{
     attention, attention_projected, attention_qkvpacked, attention_qkvpacked_with_bias,
     attention_with_bias,
@@ -162,12 +164,13 @@ pub fn cuda_device_name(device: &Device) -> Result<Option<String>> {
     }
 }
 
-/// Memory of a GPU that tensors use, in bytes.
+/// Memory of a GPU that tensors and [`Graph`]s use, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaMemory {
     /// Now.
     pub used: u64,
-    /// At most, since the start or the last [`CudaMemory::reset_peak`].
+    /// At most, since the start or the last [`CudaMemory::reset_peak`]: the peak of tensors and that of
+    /// graphs, which may have come at different times.
     pub peak: u64,
 }
 

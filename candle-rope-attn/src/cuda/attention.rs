@@ -1,7 +1,7 @@
 //! Attention on NVIDIA GPUs: the kernels of `cuda/` on Candle's tensors.
 
 use std::ffi::c_void;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
@@ -285,7 +285,7 @@ impl<'a> Attention<'a> {
             }
             PositionEncoding::RelativeBias(bias) => {
                 let buckets = upload_buckets(device, bias, seqlen)?;
-                tables.bias = Some(Rc::new(self.gather_bias(&buckets, stream)?));
+                tables.bias = Some(Arc::new(self.gather_bias(&buckets, stream)?));
                 tables.buckets = Some(buckets);
             }
         }
@@ -321,24 +321,24 @@ impl<'a> Attention<'a> {
 #[derive(Default)]
 struct Tables {
     /// `cu_seqlens` or key lengths.
-    sequences: Option<Rc<CudaSlice<i32>>>,
-    key_mask: Option<Rc<CudaSlice<u8>>>,
+    sequences: Option<Arc<CudaSlice<i32>>>,
+    key_mask: Option<Arc<CudaSlice<u8>>>,
     /// Cosines, then sines.
-    rope: Option<Rc<CudaSlice<f32>>>,
+    rope: Option<Arc<CudaSlice<f32>>>,
     /// `[num_heads, 2 * seqlen - 1]`.
-    bias: Option<Rc<CudaSlice<f32>>>,
+    bias: Option<Arc<CudaSlice<f32>>>,
     /// Bucket of each distance, where the bias is a relative one.
-    buckets: Option<Rc<CudaSlice<i32>>>,
+    buckets: Option<Arc<CudaSlice<i32>>>,
 }
 
 /// Bounds or lengths of sequences.
-pub(super) fn upload_list(device: &CudaDevice, list: &[usize]) -> Result<Rc<CudaSlice<i32>>> {
+pub(super) fn upload_list(device: &CudaDevice, list: &[usize]) -> Result<Arc<CudaSlice<i32>>> {
     upload(device, list.to_vec(), |list| {
         list.iter().map(|&n| int("a sequence bound", n)).collect()
     })
 }
 
-fn upload_alibi(device: &CudaDevice, alibi: &Alibi, seqlen: usize) -> Result<Rc<CudaSlice<f32>>> {
+fn upload_alibi(device: &CudaDevice, alibi: &Alibi, seqlen: usize) -> Result<Arc<CudaSlice<f32>>> {
     upload(device, (alibi.clone(), seqlen), |(alibi, seqlen)| {
         let num_heads = alibi.slopes.len();
         let position = PositionEncoding::Alibi(alibi.clone());
@@ -351,7 +351,7 @@ fn upload_buckets(
     device: &CudaDevice,
     bias: &RelativeBias,
     seqlen: usize,
-) -> Result<Rc<CudaSlice<i32>>> {
+) -> Result<Arc<CudaSlice<i32>>> {
     if bias.num_buckets > RelativeBias::MAX_CUDA_BUCKETS {
         bail!(
             "attention on CUDA: got a relative bias of {} buckets, expected at most {}; use fewer buckets, or the CPU",

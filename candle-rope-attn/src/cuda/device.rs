@@ -108,10 +108,14 @@ fn sum_in_f32(device: &CudaDevice) -> Result<()> {
 
 /// See [`crate::CudaMemory::of`].
 pub(crate) fn memory(device: &CudaDevice) -> Result<Option<CudaMemory>> {
+    use sys::CUgraphMem_attribute_enum::{
+        CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT, CU_GRAPH_MEM_ATTR_USED_MEM_HIGH,
+    };
     use sys::CUmemPool_attribute::{
         CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
     };
-    let Some(pool) = pool(device.cuda_stream().context())? else {
+    let stream = device.cuda_stream();
+    let Some(pool) = pool(stream.context())? else {
         return Ok(None);
     };
     let read = |attribute| -> Result<u64> {
@@ -120,22 +124,40 @@ pub(crate) fn memory(device: &CudaDevice) -> Result<Option<CudaMemory>> {
         unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()?;
         Ok(bytes)
     };
+    // What graphs allocate is in no pool.
+    let gpu = stream.context().cu_device();
+    let read_graphs = |attribute| -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: the device of a context exists, and the attribute is a u64.
+        let code =
+            unsafe { sys::cuDeviceGetGraphMemAttribute(gpu, attribute, (&raw mut bytes).cast()) };
+        code.result().w()?;
+        Ok(bytes)
+    };
     Ok(Some(CudaMemory {
-        used: read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-        peak: read(CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+        used: read(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?
+            + read_graphs(CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT)?,
+        peak: read(CU_MEMPOOL_ATTR_USED_MEM_HIGH)? + read_graphs(CU_GRAPH_MEM_ATTR_USED_MEM_HIGH)?,
     }))
 }
 
 /// See [`crate::CudaMemory::reset_peak`].
 pub(crate) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    let Some(pool) = pool(device.cuda_stream().context())? else {
+    let stream = device.cuda_stream();
+    let Some(pool) = pool(stream.context())? else {
         return Ok(());
     };
     // Only 0 may be set, and means what is in use now.
     let mut bytes = 0u64;
     // SAFETY: the pool exists, and the attribute is a u64.
-    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()?;
+    let attribute = sys::CUgraphMem_attribute_enum::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
+    let gpu = stream.context().cu_device();
+    // SAFETY: the device of a context exists, and the attribute is a u64.
+    unsafe { sys::cuDeviceSetGraphMemAttribute(gpu, attribute, (&raw mut bytes).cast()) }
+        .result()
+        .w()
 }
 
 /// The memory pool that tensors are allocated from, where the device has such.

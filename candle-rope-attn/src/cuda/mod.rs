@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod device;
 mod ffi;
+pub(crate) mod graph;
 pub(crate) mod ops;
 mod ops_ffi;
 pub(crate) mod product;

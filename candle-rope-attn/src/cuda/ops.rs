@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::ops_ffi::{self as ffi, OpAdamW, OpAdamWTensor, OpTable, OpTensor};
@@ -416,6 +416,18 @@ fn scatter_into(
         width as i64,
         p.stream(),
     ))
+}
+
+/// Replaces the elements of a contiguous u32 tensor.
+pub(crate) fn overwrite(x: &mut CudaStorage, layout: &Layout, values: &[u32]) -> Result<()> {
+    let device = x.device().clone();
+    match (&mut x.slice, layout.contiguous_offsets()) {
+        // It returns once it has taken the values.
+        (CudaStorageSlice::U32(x), Some((start, end))) => {
+            device.memcpy_htod(values, &mut x.slice_mut(start..end))
+        }
+        _ => bail!("got a tensor of another dtype or with gaps, expected contiguous u32"),
+    }
 }
 
 /// The mean loss, and the log-sum-exp of the rows, f32 `[rows]`.

@@ -1,7 +1,7 @@
 //! RoPE on NVIDIA GPUs: its tables for every kernel, the rotation as an operation of its own, and in
 //! the product that makes q and k.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
@@ -88,9 +88,9 @@ pub(crate) fn linear_rotated(
 
 /// What a rotation reads beside its tensors.
 struct Uploads {
-    table: Rc<CudaSlice<f32>>,
+    table: Arc<CudaSlice<f32>>,
     /// Where the sequences of packed tensors begin.
-    bounds: Option<Rc<CudaSlice<i32>>>,
+    bounds: Option<Arc<CudaSlice<i32>>>,
 }
 
 impl Uploads {
@@ -127,7 +127,7 @@ pub(super) fn upload_table(
     device: &CudaDevice,
     rope: &Rope,
     seqlen: usize,
-) -> Result<Rc<CudaSlice<f32>>> {
+) -> Result<Arc<CudaSlice<f32>>> {
     // Lengths of similar size share a table.
     let key = (rope.clone(), seqlen.next_power_of_two());
     upload(device, key, |(rope, positions)| {

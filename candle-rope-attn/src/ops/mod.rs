@@ -15,6 +15,7 @@ mod global_norm;
 mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
+mod overwrite;
 pub(crate) mod product;
 mod rope;
 
@@ -35,6 +36,7 @@ pub use layer_norm::layer_norm;
 pub(crate) use linear::linear_rotated;
 pub use linear::{gelu_linear_add, linear, linear_add, mlp_add};
 pub use linear_cross_entropy::linear_cross_entropy;
+pub use overwrite::overwrite;
 pub use rope::rope;
 
 pub use crate::profile::{Part, Profile};

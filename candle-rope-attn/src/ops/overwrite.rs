@@ -1,0 +1,49 @@
+//! Numbers from the host in a tensor that exists.
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
+
+#[cfg(feature = "cuda")]
+use crate::cuda::ops as cuda;
+
+/// Replaces the elements of x, u32 and contiguous, for all who share its memory: a
+/// [`Graph`](crate::Graph) then works on these.
+///
+/// # Errors
+/// When x has another dtype, gaps, or another number of elements.
+pub fn overwrite(x: &Tensor, values: &[u32]) -> Result<()> {
+    super::check_dtype("overwrite", "x", x, DType::U32)?;
+    if x.elem_count() != values.len() || !x.is_contiguous() {
+        bail!(
+            "overwrite: got {} values for x of shape {:?} and strides {:?}, expected one for each element of a contiguous tensor",
+            values.len(),
+            x.dims(),
+            x.stride()
+        )
+    }
+    x.inplace_op1(&Overwrite(values))
+}
+
+struct Overwrite<'a>(&'a [u32]);
+
+impl InplaceOp1 for Overwrite<'_> {
+    fn name(&self) -> &'static str {
+        "overwrite"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (x, layout.contiguous_offsets()) {
+            (CpuStorage::U32(x), Some((start, end))) => {
+                x[start..end].copy_from_slice(self.0);
+                Ok(())
+            }
+            _ => bail!("got a tensor of another dtype or with gaps, expected contiguous u32"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        cuda::overwrite(x, layout, self.0)
+    }
+}
