@@ -22,7 +22,7 @@ done
 {
   cargo test --release --package candle-rope-attn --features cuda --no-run --lib --tests --benches \
     --message-format json-render-diagnostics
-  cargo test --release --package bert-variants --features cuda --no-run --test simple_step \
+  cargo test --release --package bert-variants --features cuda --no-run --test simple_step --test graphs \
     --message-format json-render-diagnostics
 } | python3 -c '
 import json, sys

@@ -74,7 +74,8 @@ impl FillMask {
             "{name} is a causal language model, which fills no masks"
         );
         let mask = encoder.tokenizer().special().mask;
-        let model = LanguageModel::new(&pretrained.config, &pretrained.parameters, false, dtype)?;
+        let model = LanguageModel::new(&pretrained.config, &pretrained.parameters, false, dtype)?
+            .with_graphs();
         Ok(Self {
             model,
             mask: encoder.tokenizer().decode(&[mask], false)?,
@@ -189,7 +190,8 @@ impl Classifier {
         let (pretrained, encoder) = load(name, Task::SequenceClassification, max_length, device)?;
         pretrained.require_head()?;
         let config = &pretrained.config;
-        let model = SequenceClassifier::new(config, &pretrained.parameters, false, dtype)?;
+        let model =
+            SequenceClassifier::new(config, &pretrained.parameters, false, dtype)?.with_graphs();
         Ok(Self { model, encoder })
     }
 
@@ -259,7 +261,8 @@ impl Embedder {
         };
         check_pooling(dir)?;
         let encoder = TextEncoder::new(Tokenizer::load(dir, None)?, config, max_length)?;
-        let model = SentenceEncoder::new(config, &pretrained.parameters, false, dtype)?;
+        let model =
+            SentenceEncoder::new(config, &pretrained.parameters, false, dtype)?.with_graphs();
         Ok(Self { model, encoder })
     }
 

@@ -57,6 +57,8 @@ fn speeds_follow_from_times_and_operations() {
         variants.flat_map(move |variant| [2, 3].map(|batch| (pass, variant, batch)))
     });
     assert_eq!(names, expected.collect::<Vec<_>>());
+    // There are none on a CPU.
+    assert!(rows.iter().all(|row| row["graphs"] == false));
 
     // 32 tokens through two layers of 4 * 32^2 + 2 * 32 * 64 weights, 8 labels through a head of
     // 32^2 + 96 * 32, and 2 * 16^2 pairs of query and key; then the same of 24 tokens, 6 labels

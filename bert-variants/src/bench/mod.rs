@@ -16,7 +16,7 @@ pub use input::{InputConfig, Shape};
 use crate::config::{BertConfig, ModelType};
 use crate::data::Batch;
 use crate::memory::PeakMeter;
-use crate::model::{LanguageModel, Tokens};
+use crate::model::{LanguageModel, MAX_GRAPH_TOKENS, Tokens};
 use crate::parameters::Parameters;
 use crate::pretrain::{ModelSize, device_name, open_device};
 use crate::report::stats::quantile;
@@ -68,6 +68,9 @@ pub struct MeasureConfig {
     /// Keep of each layer its input alone for the backward pass, which runs the layer again.
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// Launch the kernels of inference one by one instead of as a CUDA graph.
+    #[arg(long)]
+    pub no_graphs: bool,
     /// Batches before the clock starts.
     #[arg(long, default_value_t = 5)]
     pub warmup: usize,
@@ -160,6 +163,8 @@ pub struct Row {
     pub dtype: Precision,
     /// The device.
     pub device: String,
+    /// Whether passes were launched as CUDA graphs, or those of them whose lengths came again.
+    pub graphs: bool,
 }
 
 /// Measures every pass, variant and shape in turn, and hands over each result once it is there.
@@ -304,6 +309,8 @@ impl Bench<'_> {
             speedup: padded_ms.map(|padded_ms| padded_ms / ms),
             dtype,
             device: device_name(&self.device)?,
+            graphs: self.graphs(job.pass)
+                && (batches.iter()).all(|batch| batch.input_ids.len() <= MAX_GRAPH_TOKENS),
         })
     }
 
@@ -366,10 +373,17 @@ impl Bench<'_> {
     fn inference(&self, model: &BertConfig) -> Result<Step> {
         let parameters = Parameters::init(model, self.config.input.seed, &self.device)?;
         let dtype = self.config.measure.dtype.dtype();
-        let model = LanguageModel::new(model, &parameters, false, dtype)?;
+        let mut model = LanguageModel::new(model, &parameters, false, dtype)?;
+        if self.graphs(Pass::Infer) {
+            model = model.with_graphs();
+        }
         Ok(Box::new(move |batch| {
             model.logits(&Tokens::from(batch), &batch.label_positions, None)
         }))
+    }
+
+    fn graphs(&self, pass: Pass) -> bool {
+        pass == Pass::Infer && self.device.is_cuda() && !self.config.measure.no_graphs
     }
 
     /// Seconds of a batch: the median over rounds of `steps` batches, after each of which the

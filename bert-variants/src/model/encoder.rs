@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum};
 use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
+use super::graphs::Graphs;
 use super::layers::{LayerNorm, Linear, PassDropout, Weights};
 use crate::config::{Activation, BertConfig, Dropouts, Norm, Position};
 use crate::data::Batch;
@@ -86,14 +87,10 @@ pub(super) fn check_ids(what: &str, ids: &[u32], rows: usize, key: &str) -> Resu
 
 /// Embeddings and layers, without a head: the part that all tasks share.
 pub struct Encoder {
-    config: BertConfig,
-    embeddings: Embeddings,
-    layers: Vec<Arc<Layer>>,
-    relative_bias: Option<Tensor>,
-    final_norm: Option<LayerNorm>,
-    dtype: DType,
-    device: Device,
+    stack: Arc<Stack>,
+    trainable: bool,
     checkpointing: bool,
+    graphs: Option<Graphs>,
 }
 
 impl Encoder {
@@ -122,7 +119,7 @@ impl Encoder {
         let relative = matches!(config.position, Position::RelativeBias { .. });
         let final_norm =
             (config.norm == Norm::Pre).then(|| weights.layer_norm("encoder.LayerNorm"));
-        Ok(Self {
+        let stack = Stack {
             embeddings: Embeddings::new(&weights)?,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Layer::new(&weights, i).map(Arc::new))
@@ -132,7 +129,12 @@ impl Encoder {
             config: config.clone(),
             dtype,
             device: parameters.device().clone(),
+        };
+        Ok(Self {
+            stack: Arc::new(stack),
+            trainable,
             checkpointing: false,
+            graphs: None,
         })
     }
 
@@ -143,9 +145,23 @@ impl Encoder {
         self
     }
 
+    /// Launches a pass as one CUDA graph where lengths of sequences come again, as launches are most of what
+    /// small batches take: from the second batch of equal `cu_seqlens` on, for the
+    /// [`MAX_GRAPHS`](super::MAX_GRAPHS) such used last, of up to
+    /// [`MAX_GRAPH_TOKENS`](super::MAX_GRAPH_TOKENS) tokens. Results are the same bits. Each keeps memory
+    /// for its hidden states, and all together for a pass.
+    ///
+    /// For inference: does nothing on a CPU, with dropout, and where the encoder is trainable. Weights that
+    /// an optimizer changes are seen by the next pass as they are without.
+    pub fn with_graphs(mut self) -> Self {
+        let suits = self.stack.device.is_cuda() && !self.trainable;
+        self.graphs = suits.then(Graphs::default);
+        self
+    }
+
     /// The configuration it was made with.
     pub fn config(&self) -> &BertConfig {
-        &self.config
+        &self.stack.config
     }
 
     /// Last hidden states `[tokens, hidden_size]`. `dropout_seed` turns on dropout; equal seeds
@@ -155,10 +171,80 @@ impl Encoder {
     /// When a sequence is empty or longer than the position table, an id is outside of its table,
     /// or `cu_seqlens` does not fit.
     pub fn forward(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        tokens.check(&self.config)?;
+        let hidden = self.hidden(tokens, dropout_seed)?;
+        Ok(match self.graphs {
+            Some(_) => hidden.copy()?,
+            None => hidden,
+        })
+    }
+
+    /// As [`Self::forward`], in memory that the next pass of this thread may use again.
+    pub(super) fn hidden(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+        tokens.check(&self.stack.config)?;
+        if let (Some(graphs), None) = (&self.graphs, dropout_seed)
+            && let Some(hidden) = graphs.forward(&self.stack, tokens)
+        {
+            return Ok(hidden);
+        }
+        let inputs = self.stack.upload(tokens)?;
+        self.stack
+            .forward(&inputs, dropout_seed, self.checkpointing)
+    }
+}
+
+/// Tokens that were checked, on the device of a model.
+#[derive(Clone)]
+pub(super) struct Inputs {
+    pub ids: Tensor,
+    /// In a model with segments.
+    pub token_type_ids: Option<Tensor>,
+    /// In a model with a table of positions.
+    positions: Option<Tensor>,
+    sequences: Sequences,
+}
+
+/// What an [`Encoder`] computes with.
+pub(super) struct Stack {
+    config: BertConfig,
+    embeddings: Embeddings,
+    layers: Vec<Arc<Layer>>,
+    relative_bias: Option<Tensor>,
+    final_norm: Option<LayerNorm>,
+    dtype: DType,
+    pub device: Device,
+}
+
+impl Stack {
+    pub fn upload(&self, tokens: &Tokens) -> Result<Inputs> {
+        let (device, embeddings) = (&self.device, &self.embeddings);
+        let types = embeddings
+            .token_type
+            .as_ref()
+            .map(|_| match tokens.token_type_ids {
+                Some(types) => Tensor::new(types, device),
+                None => Tensor::zeros(tokens.ids.len(), DType::U32, device),
+            });
+        let positions = embeddings
+            .position
+            .as_ref()
+            .map(|(_, first)| Tensor::new(position_ids(tokens.cu_seqlens, *first), device));
+        Ok(Inputs {
+            ids: Tensor::new(tokens.ids, device)?,
+            token_type_ids: types.transpose()?,
+            positions: positions.transpose()?,
+            sequences: Sequences::CuSeqlens(tokens.cu_seqlens.to_vec()),
+        })
+    }
+
+    /// Last hidden states. Uploads nothing but what depends on `sequences` alone.
+    pub fn forward(
+        &self,
+        inputs: &Inputs,
+        dropout_seed: Option<u64>,
+        checkpointing: bool,
+    ) -> Result<Tensor> {
         let dropout = PassDropout { seed: dropout_seed };
-        let sequences = Sequences::CuSeqlens(tokens.cu_seqlens.to_vec());
-        let x = self.embeddings.forward(tokens, &self.device)?;
+        let x = self.embeddings.forward(inputs)?;
         let p = &self.config.dropout;
         let x = dropout.forward(x, p.embeddings, "embeddings", 0)?;
         let mut x = cast(&x, self.dtype)?;
@@ -167,7 +253,7 @@ impl Encoder {
             let attention = Attention {
                 spec: layer.spec.clone().with_dropout(probs),
                 relative_bias: self.relative_bias.clone(),
-                sequences: sequences.clone(),
+                sequences: inputs.sequences.clone(),
             };
             let place = Place {
                 dropouts: *p,
@@ -176,7 +262,7 @@ impl Encoder {
             };
             let layer = layer.clone();
             let forward = move |x: &Tensor| layer.forward(x, &attention, place);
-            x = match self.checkpointing {
+            x = match checkpointing {
                 true => checkpoint(&x, forward)?,
                 false => forward(&x)?,
             };
@@ -211,20 +297,17 @@ impl Embeddings {
         })
     }
 
-    fn forward(&self, tokens: &Tokens, device: &Device) -> Result<Tensor> {
-        let mut parts = vec![(Tensor::new(tokens.ids, device)?, &self.word)];
-        if let Some(table) = &self.token_type {
-            let types = match tokens.token_type_ids {
-                Some(types) => Tensor::new(types, device)?,
-                None => Tensor::zeros(tokens.ids.len(), DType::U32, device)?,
-            };
-            parts.push((types, table));
-        }
-        if let Some((table, first)) = &self.position {
-            let positions = Tensor::new(position_ids(tokens.cu_seqlens, *first), device)?;
-            parts.push((positions, table));
-        }
-        let parts: Vec<_> = parts.iter().map(|(ids, table)| (ids, *table)).collect();
+    fn forward(&self, inputs: &Inputs) -> Result<Tensor> {
+        let position = self.position.as_ref().map(|(table, _)| table);
+        let parts = [
+            (Some(&inputs.ids), Some(&self.word)),
+            (inputs.token_type_ids.as_ref(), self.token_type.as_ref()),
+            (inputs.positions.as_ref(), position),
+        ];
+        let parts: Vec<_> = parts
+            .into_iter()
+            .filter_map(|(ids, table)| ids.zip(table))
+            .collect();
         self.layer_norm.forward(&embedding_sum(&parts)?)
     }
 }

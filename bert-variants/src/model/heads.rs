@@ -148,6 +148,12 @@ impl LanguageModel {
         &self.encoder
     }
 
+    /// See [`Encoder::with_graphs`].
+    pub fn with_graphs(mut self) -> Self {
+        self.encoder = self.encoder.with_graphs();
+        self
+    }
+
     /// See [`Encoder::with_checkpointing`].
     pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
         self.encoder = self.encoder.with_checkpointing(checkpointing);
@@ -216,7 +222,7 @@ impl LanguageModel {
         positions: &[u32],
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
         let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
         self.head
             .transform(&rows, PassDropout { seed: dropout_seed })
@@ -329,12 +335,18 @@ impl SequenceClassifier {
         &self.encoder
     }
 
+    /// See [`Encoder::with_graphs`].
+    pub fn with_graphs(mut self) -> Self {
+        self.encoder = self.encoder.with_graphs();
+        self
+    }
+
     /// Scores `[sequences, labels]`.
     ///
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
         let pooled = match self.encoder.config().classifier_pooling {
             Pooling::Cls => first_of_sequence(&hidden, tokens)?,
             Pooling::Mean => cast(&mean_of_sequence(&hidden, tokens)?, hidden.dtype())?,
@@ -390,12 +402,18 @@ impl TokenClassifier {
         &self.encoder
     }
 
+    /// See [`Encoder::with_graphs`].
+    pub fn with_graphs(mut self) -> Self {
+        self.encoder = self.encoder.with_graphs();
+        self
+    }
+
     /// Scores `[tokens, labels]`, of which question answering has two.
     ///
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
         self.head
             .forward(&hidden, PassDropout { seed: dropout_seed })
     }
@@ -494,12 +512,18 @@ impl SentenceEncoder {
         &self.encoder
     }
 
+    /// See [`Encoder::with_graphs`].
+    pub fn with_graphs(mut self) -> Self {
+        self.encoder = self.encoder.with_graphs();
+        self
+    }
+
     /// Means of the last hidden states `[sequences, hidden_size]`.
     ///
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn mean(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        mean_of_sequence(&self.encoder.forward(tokens, dropout_seed)?, tokens)
+        mean_of_sequence(&self.encoder.hidden(tokens, dropout_seed)?, tokens)
     }
 
     /// What transformers calls `pooler_output` `[sequences, hidden_size]`: a layer on top of the
@@ -511,7 +535,7 @@ impl SentenceEncoder {
         let Some(pooler) = &self.pooler else {
             anyhow::bail!("{} has no pooler", self.encoder.config().model_type.name());
         };
-        let hidden = self.encoder.forward(tokens, dropout_seed)?;
+        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
         pooler.forward(&first_of_sequence(&hidden, tokens)?)
     }
 }

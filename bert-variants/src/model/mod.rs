@@ -4,12 +4,14 @@
 //! `cu_seqlens` says where each begins.
 
 mod encoder;
+mod graphs;
 mod heads;
 mod layers;
 
 pub(crate) use heads::classification_loss;
 
 pub use encoder::{Encoder, Tokens};
+pub use graphs::{MAX_GRAPH_TOKENS, MAX_GRAPHS};
 pub use heads::{
     LanguageModel, Score, SentenceEncoder, SequenceClassifier, Targets, TokenClassifier,
 };
