@@ -47,22 +47,9 @@ pub fn linear_add(
     Linear::new(x, weight, bias, Some(residual))?.forward(Input::Given)
 }
 
-/// As [`linear_add`], of [`gelu`] of x: the second half of a transformer's MLP. The activations are
-/// not kept for the backward pass, but computed again.
-///
-/// # Errors
-/// As [`linear`].
-pub fn gelu_linear_add(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    residual: &Tensor,
-) -> Result<Tensor> {
-    Linear::new(x, weight, bias, Some(residual))?.forward(Input::Gelu(None))
-}
-
-/// A transformer's MLP: [`gelu_linear_add`] of [`linear`] of x, each with its weight and bias. On
-/// Hopper one kernel computes the first layer and its activations.
+/// A transformer's MLP: [`linear_add`] of [`gelu`] of [`linear`] of x, each layer with its weight and bias.
+/// The activations are not kept for the backward pass, but computed again. On Hopper one kernel computes
+/// the first layer and its activations.
 ///
 /// # Errors
 /// As [`linear`].
@@ -234,11 +221,7 @@ impl Linear {
             return plain(y, shape);
         }
         let y = tape::output(y, shape);
-        let name = if activate {
-            "gelu_linear_add"
-        } else {
-            "linear"
-        };
+        let name = if activate { "gelu_linear" } else { "linear" };
         tape::push(name, &y, move |grad, gradients| {
             self.backward(activate, grad, gradients)
         });

@@ -34,7 +34,7 @@ pub use global_norm::global_norm;
 pub use layer_norm::layer_norm;
 #[cfg(feature = "cuda")]
 pub(crate) use linear::linear_rotated;
-pub use linear::{gelu_linear_add, linear, linear_add, mlp_add};
+pub use linear::{linear, linear_add, mlp_add};
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use overwrite::overwrite;
 pub use rope::rope;

@@ -1,6 +1,6 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{gelu_linear_add, linear, linear_add, mlp_add};
+use candle_rope_attn::ops::{linear, linear_add, mlp_add};
 
 use crate::common::{
     DTYPES, Input, Reference, assert_near, check_reference, compare, compare_with, device_tests,
@@ -12,7 +12,6 @@ device_tests!(
     matches_reference,
     without_bias,
     adds_to_a_residual,
-    activates_first,
     mlp_matches_reference,
     mlp_in_16_bits,
     frozen_arguments_get_no_gradient
@@ -117,17 +116,6 @@ fn adds_to_a_residual(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// In f32, where no rounding comes between.
-fn activates_first(device: &Device) -> Result<()> {
-    compare(
-        "gelu_linear_add",
-        device,
-        &residual_inputs(DType::F32),
-        |x| gelu_linear_add(&x[0], &x[1], Some(&x[2]), &x[3]),
-        |inputs, grad| activated_reference(inputs, grad, 40),
-    )
-}
-
 /// Rows, features and inner features of an MLP.
 type MlpSizes = [usize; 3];
 
@@ -162,6 +150,7 @@ fn mlp_reference([_, width, inner]: MlpSizes, inputs: &[Vec<f64>], grad: &[f64])
     (y, grads)
 }
 
+/// In f32, where no rounding comes between.
 fn mlp_matches_reference(device: &Device) -> Result<()> {
     let sizes = [300, 64, 128];
     compare(
@@ -173,9 +162,9 @@ fn mlp_matches_reference(device: &Device) -> Result<()> {
     )
 }
 
-/// On the tape, where several roundings come between, in Candle's graph, and without gradients. At sizes for which Hopper has kernels with GELU:
-/// fewer rows than a tile and more features than are in shared memory at a time, and more tiles than
-/// thread blocks.
+/// On the tape, where several roundings come between, in Candle's graph, and without gradients. At sizes
+/// for which Hopper has kernels with GELU: fewer rows than a tile and more features than are in shared
+/// memory at a time, and more tiles than thread blocks.
 fn mlp_in_16_bits(device: &Device) -> Result<()> {
     let (bf16, f16) = ((DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0));
     let cases = [
