@@ -25,7 +25,7 @@ int op_gelu_both(int32_t dtype, const void* x, const void* grad, void* y, void* 
                  float* partial, int64_t rows, int64_t columns, void* stream);
 
 // Products with what comes after them, where op_gemm_suits or op_gemm_rope_suits: on Hopper (unless
-// ATTN_PORTABLE is set in the environment), of 16-bit matrices whose inner and columns are multiples
+// ATTN_PORTABLE is set in the environment; ATTN_EVERY_SIZE lifts the last limit), of 16-bit matrices whose inner and columns are multiples
 // of 64, all on 16-byte boundaries, with enough rows and columns to be faster than separate kernels.
 //   op_gemm_gelu: pre = x weight^T + bias, which may be null for not kept, y = gelu(pre);
 //     x: [rows, inner], weight: [columns, inner], bias: [columns], pre, y: [rows, columns].

@@ -8,8 +8,7 @@ use std::thread;
 use bert_variants::checkpoint::from_pretrained;
 use bert_variants::config::{ProblemType, Task};
 use bert_variants::finetune::{
-    Dataset, Evaluation, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName,
-    finetune as run,
+    Dataset, FinetuneConfig, FinetuneRecord, Label, TaskConfig, TaskName, finetune as run,
 };
 use bert_variants::predict::Classifier;
 use bert_variants::train::Precision;
@@ -221,83 +220,106 @@ fn resuming_keeps_what_is_finished_and_makes_the_rest_again() {
     );
 }
 
-#[test]
-fn a_stopped_seed_goes_on_to_the_same_result() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut config = config(dir.path(), |has| u8::from(has).to_string());
-    config.train.epochs = 30;
-    config.train.lr = 1e-3;
-    config.train.layer_decay = 0.9;
-    config.train.evals_per_epoch = 3;
-    config.run.out = dir.path().join("whole");
-    finetune(&config).unwrap();
-    let whole = config.run.out.join("seed0");
-
-    config.run.out = dir.path().join("parts");
-    let parts = config.run.out.join("seed0");
-    let lines_of = |dir: &Path| fs::read_to_string(dir.join("metrics.jsonl")).unwrap_or_default();
-    let mut pieces = 0;
-    loop {
-        let stop = AtomicBool::new(false);
-        let seen = lines_of(&parts).lines().count();
-        let report = thread::scope(|scope| {
-            // Stops the run once it has written some lines more.
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    if lines_of(&parts).lines().count() > seen + 20 {
-                        stop.store(true, Ordering::Relaxed);
-                    }
-                    thread::yield_now();
-                }
-            });
-            let report = run(&config, pieces > 0, &stop).unwrap();
-            stop.store(true, Ordering::Relaxed);
-            report
+/// Runs until some lines more are in the records of seed 0, if the run is not over before: then it is `None`.
+fn run_some_lines(config: &FinetuneConfig, resume: bool, more: usize) -> Option<PathBuf> {
+    let path = config.run.out.join("seed0/metrics.jsonl");
+    let count = || fs::read_to_string(&path).map_or(0, |text| text.lines().count());
+    let (stop, before) = (AtomicBool::new(false), count());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                stop.fetch_or(count() >= before + more, Ordering::Relaxed);
+                thread::yield_now();
+            }
         });
-        pieces += 1;
-        assert_eq!(report.is_none(), parts.join("stopped").exists());
-        if report.is_some() {
-            break;
-        }
-    }
-    assert!(pieces > 1, "it was never stopped");
-    let evaluations = |dir: &Path| -> Vec<Evaluation> {
-        let evaluations = records(dir.to_path_buf()).into_iter();
-        let evaluations = evaluations.filter_map(|record| match record {
-            FinetuneRecord::Eval(evaluation) => Some(evaluation),
-            _ => None,
-        });
-        evaluations.collect()
-    };
-    assert_eq!(evaluations(&parts), evaluations(&whole));
-    let weights = |dir: &Path| fs::read(dir.join("model/model.safetensors")).unwrap();
-    assert!(weights(&parts) == weights(&whole));
-    let epochs = |dir: &Path| {
-        let epochs = records(dir.to_path_buf()).into_iter();
-        let epochs = epochs.filter_map(|record| match record {
-            FinetuneRecord::Epoch { epoch, .. } => Some(epoch),
-            _ => None,
-        });
-        epochs.collect::<Vec<_>>()
-    };
-    assert_eq!(epochs(&parts), (1..=30).collect::<Vec<_>>());
+        let report = run(config, resume, &stop).unwrap();
+        stop.store(true, Ordering::Relaxed);
+        report
+    })
 }
 
 #[test]
-fn a_damaged_state_of_a_stopped_seed_is_named() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = config(dir.path(), |has| u8::from(has).to_string());
-    assert!(
-        run(&config, false, &AtomicBool::new(true))
-            .unwrap()
-            .is_none()
-    );
-    let stopped = config.run.out.join("seed0/stopped");
-    for file in ["state.safetensors", "state.json"] {
-        fs::write(stopped.join(file), "{").unwrap();
-        let error = run(&config, true, &AtomicBool::new(false)).unwrap_err();
-        assert!(format!("{error:#}").contains(file), "{error:#}");
+fn a_stopped_seed_goes_on_to_the_same_result() {
+    for (dtype, freeze_layers) in [(Precision::F32, None), (Precision::Bf16, Some(0))] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), |has| u8::from(has).to_string());
+        config.train.epochs = 30;
+        config.train.lr = 1e-3;
+        config.train.layer_decay = 0.9;
+        config.train.evals_per_epoch = 3;
+        config.train.patience = Some(80);
+        config.train.dtype = dtype;
+        config.train.freeze_layers = freeze_layers;
+        config.run.out = dir.path().join("whole");
+        finetune(&config).unwrap();
+        let whole = config.run.out.join("seed0");
+
+        config.run.out = dir.path().join("parts");
+        let parts = config.run.out.join("seed0");
+        let mut pieces = 1;
+        while run_some_lines(&config, pieces > 1, 20).is_none() {
+            pieces += 1;
+            assert!(parts.join("stopped").exists());
+            // As if it had gone on and been killed while it wrote a line.
+            let later = r#"{"kind":"train","step":100000,"loss":1.0,"lr":1.0,"grad_norm":1.0}
+{"kind":"epoch","epoch":1000,"seconds":1.0}
+{"kind":"eval","step":100000,"split":"dev","loss":1.0,"metrics":[["accuracy",1.0]]}
+{"kind":"tr"#;
+            let path = parts.join("metrics.jsonl");
+            let records = fs::read_to_string(&path).unwrap();
+            fs::write(&path, records + later).unwrap();
+        }
+        assert!(pieces > 1, "it was never stopped");
+        assert!(!parts.join("stopped").exists());
+        let results = |dir: &Path| {
+            let (mut evaluations, mut epochs) = (Vec::new(), Vec::new());
+            for record in records(dir.to_path_buf()) {
+                match record {
+                    FinetuneRecord::Eval(evaluation) => evaluations.push(evaluation),
+                    FinetuneRecord::Epoch { epoch, .. } => epochs.push(epoch),
+                    _ => {}
+                }
+            }
+            (evaluations, epochs)
+        };
+        assert_eq!(results(&parts), results(&whole));
+        let weights = |dir: &Path| fs::read(dir.join("model/model.safetensors")).unwrap();
+        assert!(weights(&parts) == weights(&whole));
     }
+}
+
+#[test]
+fn what_a_stopped_seed_cannot_go_on_from_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), |has| u8::from(has).to_string());
+    config.train.epochs = 1000;
+    assert!(run_some_lines(&config, false, 3).is_none());
+    let error = |config: &FinetuneConfig| {
+        let error = run(config, true, &AtomicBool::new(false)).unwrap_err();
+        format!("{error:#}")
+    };
+
+    let train = config.data.train_file.clone().unwrap();
+    let texts = fs::read_to_string(&train).unwrap();
+    fs::write(&train, format!("{texts}w7,1\n")).unwrap();
+    let found = error(&config);
+    assert!(
+        found.contains("had 200 texts to train on, now there are 201"),
+        "{found}"
+    );
+    fs::write(&train, texts).unwrap();
+
+    let seed = config.run.out.join("seed0");
+    for file in ["state.safetensors", "state.json"] {
+        fs::write(seed.join("stopped").join(file), "{").unwrap();
+        let found = error(&config);
+        assert!(found.contains(file), "{found}");
+    }
+    // Another run in the same place does not go on from there.
+    fs::remove_file(seed.join("metrics.jsonl")).unwrap();
+    config.train.epochs = 1;
+    finetune(&config).unwrap();
+    assert!(!seed.join("stopped").exists());
 }
 
 #[test]

@@ -306,6 +306,15 @@ fn what_a_graph_cannot_do_is_named() -> Result<()> {
     };
     check(error_of(Graph::capture(&device, work)), "to_cpu_storage")?;
 
+    // Waiting for the device, which breaks the capture in the driver.
+    let (x, on) = (Tensor::ones(3, DType::F32, &device)?, device.clone());
+    let work = move || {
+        let y = x.sqr()?;
+        on.synchronize()?;
+        y.sqrt()
+    };
+    check(error_of(Graph::capture(&device, work)), "waiting")?;
+
     // Another shape.
     let x = Tensor::ones(3, DType::F32, &device)?;
     let turn = turns.clone();

@@ -163,7 +163,7 @@ pub struct Row {
     pub dtype: Precision,
     /// The device.
     pub device: String,
-    /// Whether passes were launched as CUDA graphs, or those of them whose lengths came again.
+    /// Whether passes were launched as CUDA graphs: not with --data.
     pub graphs: bool,
 }
 
@@ -383,7 +383,10 @@ impl Bench<'_> {
     }
 
     fn graphs(&self, pass: Pass) -> bool {
-        pass == Pass::Infer && self.device.is_cuda() && !self.config.measure.no_graphs
+        // Of batches of ever new lengths, each would be captured in the second of its two passes.
+        let lengths_come_again = !self.input.is_ragged();
+        let asked = lengths_come_again && !self.config.measure.no_graphs;
+        pass == Pass::Infer && self.device.is_cuda() && asked
     }
 
     /// Seconds of a batch: the median over rounds of `steps` batches, after each of which the

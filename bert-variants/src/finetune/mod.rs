@@ -24,6 +24,7 @@ use crate::record::{METRICS_FILE, write_atomic};
 use crate::schedule::Decay;
 use crate::train::{Outcome, Precision};
 use run::Run;
+use state::Stopped;
 
 /// Everything that decides what is trained and where it is written.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, clap::Args)]
@@ -186,9 +187,9 @@ impl FinetuneTraining {
 ///
 /// `OUT/seedN` holds the best model of seed N (a Hugging Face directory `model`), its predictions
 /// of the texts evaluated on and of `predict_file`, and its records. A run already there is an
-/// error, unless `resume` leaves it where it is finished, goes on with it where `stop` ended it, to the
-/// same result, and makes it again where it was killed. Returns the report's path, `None` where `stop`
-/// ended it early.
+/// error, unless `resume` leaves it where it is finished, goes on from where `stop` ended it last, to the
+/// same result, and makes it again where it was killed before any stop. Returns the report's path, `None`
+/// where `stop` ended it early.
 ///
 /// # Errors
 /// When a setting is wrong, a file cannot be read or written, a run is there already or had other
@@ -226,6 +227,7 @@ pub fn finetune(
         let dir = seed_dir(out, *seed);
         if let Some(result) = SeedResult::read(&dir, config)? {
             tracing::info!("seed {seed} is finished already");
+            Stopped::remove(&dir)?;
             results.push(result);
             continue;
         }

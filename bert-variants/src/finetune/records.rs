@@ -151,9 +151,15 @@ fn read_records(path: &Path) -> Result<Vec<FinetuneRecord>> {
 }
 
 /// Keeps the records of a run up to a step, after which it was stopped, in an epoch with `epochs` before it.
-pub(super) fn keep_records(path: &Path, step: u64, epochs: u64) -> Result<()> {
+/// False where there is no such run.
+pub(super) fn keep_records(path: &Path, step: u64, epochs: u64) -> Result<bool> {
+    if !path.exists() {
+        return Ok(false);
+    }
     let mut kept = Vec::new();
-    for record in read_records(path)? {
+    let records = read_records(path)?;
+    let begins = matches!(records.first(), Some(FinetuneRecord::Run { .. }));
+    for record in records {
         let keep = match &record {
             FinetuneRecord::Run { .. } => true,
             FinetuneRecord::Train { step: at, .. } => *at <= step,
@@ -166,7 +172,8 @@ pub(super) fn keep_records(path: &Path, step: u64, epochs: u64) -> Result<()> {
             kept.push(b'\n');
         }
     }
-    write_atomic(path, &kept)
+    write_atomic(path, &kept)?;
+    Ok(begins)
 }
 
 /// The settings that decide a result, by dotted path.

@@ -96,13 +96,18 @@ impl<'a> Run<'a> {
         }
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join(METRICS_FILE);
-        let stopped = match resume {
-            true => Stopped::find(dir)?,
+        let mut stopped = match resume {
+            true => Stopped::find(dir, dataset.train.len())?,
             false => None,
         };
-        if let Some(stopped) = &stopped {
-            let epochs = stopped.progress.step / steps_per_epoch(config, dataset);
-            keep_records(&path, stopped.progress.step, epochs)?;
+        if let Some(Progress { step, .. }) = stopped.as_ref().map(|stopped| stopped.progress) {
+            let epochs = step / steps_per_epoch(config, dataset);
+            if !keep_records(&path, step, epochs)? {
+                stopped = None;
+            }
+        }
+        if stopped.is_none() {
+            Stopped::remove(dir)?;
         }
         let records = OpenOptions::new()
             .create(true)
@@ -147,8 +152,7 @@ impl<'a> Run<'a> {
             for (batch, done) in batches.skip(before as usize) {
                 if stop.load(Ordering::Relaxed) {
                     self.log(&mut window)?;
-                    let (parameters, progress) = (&self.parameters, &self.progress);
-                    Stopped::save(&self.dir, progress, parameters, &optimizer, &history)?;
+                    self.stop(&optimizer, &history)?;
                     return Ok(Outcome::Interrupted);
                 }
                 let start = Instant::now();
@@ -191,6 +195,22 @@ impl<'a> Run<'a> {
             model_config: serde_json::to_value(&self.model_config)?,
         })?;
         Ok(History::default())
+    }
+
+    /// Keeps what [`Self::begin`] goes on from.
+    fn stop(&self, optimizer: &LayerwiseAdamW, history: &History) -> Result<()> {
+        if self.progress.step == 0 {
+            return Ok(());
+        }
+        let (texts, parameters) = (self.dataset.train.len(), &self.parameters);
+        Stopped::save(
+            &self.dir,
+            self.progress,
+            texts,
+            parameters,
+            optimizer,
+            history,
+        )
     }
 
     /// The summary comes last: a run that has one is whole.

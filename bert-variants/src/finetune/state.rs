@@ -64,6 +64,8 @@ impl History {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Stopped {
     pub progress: Progress,
+    /// Number of texts to train on, which the place in the epoch is one of.
+    texts: usize,
     /// Updates that the optimizer made.
     updates: u32,
     best: Option<Vec<Evaluation>>,
@@ -74,7 +76,8 @@ impl Stopped {
     /// Writes the state of the run in the folder `dir`, in place of an earlier one.
     pub fn save(
         dir: &Path,
-        progress: &Progress,
+        progress: Progress,
+        texts: usize,
         parameters: &Parameters,
         optimizer: &LayerwiseAdamW,
         history: &History,
@@ -94,7 +97,8 @@ impl Stopped {
             }
         }
         let state = Self {
-            progress: *progress,
+            progress,
+            texts,
             updates: steps,
             best: history.best.as_ref().map(|(best, _)| best.clone()),
             worse: history.worse,
@@ -106,8 +110,8 @@ impl Stopped {
         })
     }
 
-    /// The state in the folder of a run, if it was stopped.
-    pub fn find(dir: &Path) -> Result<Option<Self>> {
+    /// The state in the folder of a run, if it was stopped, when there were as many `texts`.
+    pub fn find(dir: &Path, texts: usize) -> Result<Option<Self>> {
         let dir = dir.join(DIR);
         if !find_training(&dir)? {
             return Ok(None);
@@ -115,9 +119,14 @@ impl Stopped {
         let path = dir.join(STATE);
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_str(&text)
-            .map(Some)
-            .with_context(|| damaged(&path))
+        let found: Self = serde_json::from_str(&text).with_context(|| damaged(&path))?;
+        ensure!(
+            found.texts == texts,
+            "{}: the run had {} texts to train on, now there are {texts}; restore them, or {ADVICE}",
+            path.display(),
+            found.texts
+        );
+        Ok(Some(found))
     }
 
     /// Gives parameters and optimizer their state, from the folder of the run.
@@ -166,15 +175,13 @@ impl Stopped {
         })
     }
 
-    /// Removes the state of a run that has ended.
+    /// Removes the state of a run that has ended, or begins.
     pub fn remove(dir: &Path) -> Result<()> {
         let dir = dir.join(DIR);
-        match dir.exists() {
-            true => {
-                fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
-            }
-            false => Ok(()),
+        if find_training(&dir)? {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
+        Ok(())
     }
 }
 

@@ -152,7 +152,8 @@ impl Encoder {
     /// for its hidden states, and all together for a pass.
     ///
     /// For inference: does nothing on a CPU, with dropout, and where the encoder is trainable. Weights that
-    /// an optimizer changes are seen by the next pass as they are without.
+    /// an optimizer changes are seen by the next pass as they are without. Graphs are those of a thread;
+    /// wait for the device before another thread drops the encoder.
     pub fn with_graphs(mut self) -> Self {
         let suits = self.stack.device.is_cuda() && !self.trainable;
         self.graphs = suits.then(Graphs::default);

@@ -73,29 +73,29 @@ impl Graphs {
         if passes.off || tokens.ids.len() > MAX_GRAPH_TOKENS {
             return None;
         }
-        let hidden = find(&mut passes.list, tokens)?.forward(stack, tokens);
+        let thread = thread::current().id();
+        let hidden = find(&mut passes.list, thread, tokens)?.forward(stack, tokens);
         if let Err(error) = &hidden {
             tracing::warn!("going on without CUDA graphs: {error:#}");
             passes.off = true;
+            // The memory of another thread's graph may be in use there.
+            passes.list.retain(|pass| pass.thread != thread);
         }
         hidden.ok()
     }
 }
 
 /// The pass of these tokens, if they were seen before.
-fn find<'a>(passes: &'a mut Vec<Pass>, tokens: &Tokens) -> Option<&'a mut Pass> {
-    let thread = thread::current().id();
+fn find<'a>(passes: &'a mut Vec<Pass>, thread: ThreadId, tokens: &Tokens) -> Option<&'a mut Pass> {
     if let Some(at) = passes.iter().rposition(|pass| pass.is_of(thread, tokens)) {
         let pass = passes.remove(at);
         passes.push(pass);
         return passes.last_mut();
     }
     if passes.len() == MAX_GRAPHS {
-        // The memory of another thread's graph may be in use there.
-        match passes.iter().position(|pass| pass.thread == thread) {
-            Some(oldest) => drop(passes.remove(oldest)),
-            None => return None,
-        }
+        let may_go = |pass: &Pass| pass.thread == thread || pass.captured.is_none();
+        let oldest = passes.iter().position(may_go)?;
+        passes.remove(oldest);
     }
     passes.push(Pass {
         thread,
@@ -104,4 +104,34 @@ fn find<'a>(passes: &'a mut Vec<Pass>, tokens: &Tokens) -> Option<&'a mut Pass> 
         captured: None,
     });
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_come_again_and_the_oldest_leave() {
+        let here = thread::current().id();
+        let there = thread::spawn(|| thread::current().id()).join().unwrap();
+        let mut passes = Vec::new();
+        let mut seen = |thread, length: usize, types: bool| {
+            let (ids, types_of) = (vec![0; length], vec![0; length]);
+            let tokens = Tokens {
+                ids: &ids,
+                cu_seqlens: &[0, length],
+                token_type_ids: types.then_some(&types_of[..]),
+            };
+            find(&mut passes, thread, &tokens).is_some()
+        };
+        assert!(!seen(here, 1, false));
+        assert!(seen(here, 1, false));
+        assert!(!seen(here, 1, true) && !seen(there, 1, false));
+        // They fill the rest, and drive out all but the one that came again.
+        for length in 2..=MAX_GRAPHS {
+            assert!(!seen(there, length, false));
+            assert!(seen(here, 1, false));
+        }
+        assert!(!seen(here, 1, true) && !seen(there, 1, false));
+    }
 }

@@ -1,20 +1,21 @@
 //! Capture and launch of CUDA graphs.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, result, sys};
 use candle_core::{CudaDevice, Error, Result, Tensor, bail};
 use sys::CUgraphNodeType_enum::{CU_GRAPH_NODE_TYPE_MEM_ALLOC, CU_GRAPH_NODE_TYPE_MEM_FREE};
+use sys::CUstreamCaptureStatus_enum::CU_STREAM_CAPTURE_STATUS_NONE;
 
 use super::ops::input;
 use super::upload::{CapturedUploads, Upload};
 use super::{Pointers, device};
 use crate::operand::Locked;
 
-/// Graphs that there are, on all devices.
-static GRAPHS: AtomicUsize = AtomicUsize::new(0);
+/// Graphs that there are, by the number of their GPU.
+static GRAPHS: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
 /// See [`crate::Graph`].
 pub(crate) struct Captured {
@@ -58,12 +59,14 @@ impl Captured {
             }
             (Ok(()), Ok(None)) => bail!("CUDA captured no graph"),
         };
+        let mut graphs = GRAPHS.lock().unwrap_or_else(PoisonError::into_inner);
+        *graphs.entry(stream.context().ordinal()).or_default() += 1;
+        drop(graphs);
         let captured = Self {
             graph: Some(graph),
             stream,
             _uploads: uploads,
         };
-        GRAPHS.fetch_add(1, Ordering::Relaxed);
         captured.check_memory()?;
         Ok(captured)
     }
@@ -111,8 +114,11 @@ impl Captured {
 impl Drop for Captured {
     fn drop(&mut self) {
         self.graph = None;
+        let mut graphs = GRAPHS.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = graphs.entry(self.stream.context().ordinal()).or_insert(1);
+        *left -= 1;
         // Graphs share memory, which the driver keeps for the next ones; the last one gives it back.
-        if GRAPHS.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if *left == 0 {
             let gpu = self.stream.context().cu_device();
             // SAFETY: the device of a context exists. Memory in use stays.
             self.stream
@@ -123,32 +129,37 @@ impl Drop for Captured {
 }
 
 /// A capture under way, which ends in any case.
-struct Capture<'a>(Option<&'a Arc<CudaStream>>);
+struct Capture<'a>(&'a Arc<CudaStream>);
 
 impl<'a> Capture<'a> {
     fn start(stream: &'a Arc<CudaStream>) -> Result<Self> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).w()?;
-        Ok(Self(Some(stream)))
+        Ok(Self(stream))
     }
 
-    fn end(mut self) -> Result<Option<CudaGraph>> {
-        let flags = sys::CUgraphInstantiate_flags(0);
-        let graph = self.0.take().map(|stream| stream.end_capture(flags));
-        Ok(graph.transpose().w()?.flatten())
+    fn end(self) -> Result<Option<CudaGraph>> {
+        // Such as of memory that could not be freed in a capture that broke. The stream would report it
+        // before it ended anything.
+        self.0.context().check_err().w()?;
+        self.0.end_capture(sys::CUgraphInstantiate_flags(0)).w()
     }
 }
 
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
-        if let Some(stream) = self.0.take() {
-            // SAFETY: the stream is being captured; the graph, if there is one, is not used.
-            if let Ok(graph) = unsafe { result::stream::end_capture(stream.cu_stream()) }
-                && !graph.is_null()
-            {
-                // SAFETY: nothing else has the graph.
-                unsafe { result::graph::destroy(graph) }.ok();
-            }
+        let stream = self.0.cu_stream();
+        // SAFETY: the stream is alive.
+        let status = unsafe { result::stream::is_capturing(stream) };
+        if matches!(status, Ok(CU_STREAM_CAPTURE_STATUS_NONE)) {
+            return;
+        }
+        // SAFETY: the stream is being captured; the graph, if there is one, is not used.
+        if let Ok(graph) = unsafe { result::stream::end_capture(stream) }
+            && !graph.is_null()
+        {
+            // SAFETY: nothing else has the graph.
+            unsafe { result::graph::destroy(graph) }.ok();
         }
     }
 }

@@ -163,8 +163,8 @@ fn mlp_matches_reference(device: &Device) -> Result<()> {
 }
 
 /// On the tape, where several roundings come between, in Candle's graph, and without gradients. At sizes
-/// for which Hopper has kernels with GELU: fewer rows than a tile and more features than are in shared
-/// memory at a time, and more tiles than thread blocks.
+/// for which Hopper has kernels with GELU: fewer rows than a tile (taken with ATTN_EVERY_SIZE only) and more
+/// features than are in shared memory at a time, and more tiles than thread blocks.
 fn mlp_in_16_bits(device: &Device) -> Result<()> {
     let (bf16, f16) = ((DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0));
     let cases = [
