@@ -308,3 +308,32 @@ fn inputs_that_do_not_fit_are_refused() {
     assert!(error(&[1; 3], &[0, 3], Some(&[0])).contains("token_type_ids"));
     assert!(error(&[1; 3], &[0, 3], Some(&[0, 1, 2])).contains("token type 2"));
 }
+
+/// The last layer computes only what is asked for.
+#[test]
+fn tokens_asked_for_are_those_of_the_whole() {
+    let (ids, cu_seqlens): (Vec<u32>, _) = ((5..25).collect(), [0, 7, 8, 20]);
+    let tokens = Tokens {
+        ids: &ids,
+        cu_seqlens: &cu_seqlens,
+        token_type_ids: None,
+    };
+    for model_type in ModelType::value_variants() {
+        let config = config(*model_type);
+        let parameters = Parameters::init(&config, 3, &Device::Cpu).unwrap();
+        let model = LanguageModel::new(&config, &parameters, false, DType::F32).unwrap();
+        let logits = |positions: &[u32]| -> Vec<Vec<f32>> {
+            let logits = model.logits(&tokens, positions, None).unwrap();
+            logits.to_vec2().unwrap()
+        };
+        let all = logits(&(0..20).collect::<Vec<_>>());
+        let positions = [19, 7, 0, 7, 12];
+        for (position, row) in positions.iter().zip(logits(&positions)) {
+            for (got, expected) in row.iter().zip(&all[*position as usize]) {
+                assert!((got - expected).abs() < 1e-5, "{model_type:?} {position}");
+            }
+        }
+        let error = model.logits(&tokens, &[3, 20], None).unwrap_err();
+        assert!(error.to_string().contains("position 20"), "{error}");
+    }
+}

@@ -6,13 +6,14 @@ use crate::parameters::layout;
 
 /// Floating-point operations of the matrix products of a forward pass, counting multiplications
 /// and additions: `2 * tokens * weights of the layers + 2 * labels * weights of the head + 4 *
-/// hidden_size * pairs of query and key`, the last summed over layers and sequences.
+/// hidden_size * pairs of query and key`, the last summed over layers and sequences. What the last layer
+/// does after its attention is for labels alone: those weights count as the head's.
 ///
 /// A sequence has `seqlen^2` pairs, half of them with causal attention, and in a local layer those
 /// inside of the window. A backward pass has twice the operations.
 pub(super) fn forward_flops(config: &BertConfig, batch: &Batch) -> f64 {
-    let [layers, head] = product_weights(config);
-    let products = batch.input_ids.len() * layers + batch.labels.len() * head;
+    let [all, labels] = product_weights(config);
+    let products = batch.input_ids.len() * all + batch.labels.len() * labels;
     let lens = batch
         .cu_seqlens
         .windows(2)
@@ -22,22 +23,26 @@ pub(super) fn forward_flops(config: &BertConfig, batch: &Batch) -> f64 {
     2.0 * products as f64 + 4.0 * causal * (config.hidden_size * pairs) as f64
 }
 
-/// Weights that every token is multiplied with in the layers, and every label in the head.
+/// Weights that every token is multiplied with, and every label.
 fn product_weights(config: &BertConfig) -> [usize; 2] {
-    let layout = layout(config);
-    let weights = |part: &str| -> usize {
-        let matrices = layout
-            .iter()
-            .filter(|weight| weight.name.starts_with(part) && weight.shape.len() == 2);
-        matrices
-            .map(|weight| weight.shape.iter().product::<usize>())
-            .sum()
-    };
-    let tied = match config.tie_word_embeddings {
-        true => config.vocab_size * config.hidden_size,
-        false => 0,
-    };
-    [weights("encoder.layer."), weights("head.") + tied]
+    let last = format!("encoder.layer.{}.", config.num_hidden_layers - 1);
+    let [mut all, mut labels] = [0; 2];
+    for weight in layout(config)
+        .iter()
+        .filter(|weight| weight.shape.len() == 2)
+    {
+        let after_attention = weight.name.starts_with(&last) && !weight.name.contains(".self.");
+        let size = weight.shape.iter().product::<usize>();
+        if weight.name.starts_with("head.") || after_attention {
+            labels += size;
+        } else if weight.name.starts_with("encoder.layer.") {
+            all += size;
+        }
+    }
+    if config.tie_word_embeddings {
+        labels += config.vocab_size * config.hidden_size;
+    }
+    [all, labels]
 }
 
 /// Pairs of query and key in all layers, for a sequence of `len` tokens.
@@ -74,8 +79,9 @@ mod tests {
             labels: vec![1; 2],
         };
         let config = BertConfig::new(ModelType::Bert, 24, 2, 8, 2, 16);
-        // qkv and output 4 * 64, MLP 2 * 8 * 32, in two layers; head 8 * 8 and 24 * 8.
-        let products = 4 * 2 * (256 + 512) + 2 * (64 + 192);
+        // qkv 3 * 64 in two layers; output 64 and MLP 2 * 8 * 32 in the first for all tokens; in the last
+        // and the head, 8 * 8 and 24 * 8, for labels.
+        let products = 4 * (2 * 192 + 576) + 2 * (576 + 64 + 192);
         let pairs = 2 * (9 + 1);
         let expected = (2 * products + 4 * 8 * pairs) as f64;
         assert_eq!(forward_flops(&config, &batch), expected);
@@ -89,7 +95,8 @@ mod tests {
         if let Some(local) = &mut config.local {
             local.window = 1;
         }
-        let products = 4 * 3 * (256 + 3 * 8 * 16) + 2 * (64 + 192);
+        let rest = 64 + 3 * 8 * 16;
+        let products = 4 * (3 * 192 + 2 * rest) + 2 * (rest + 64 + 192);
         let pairs = (9 + 7 + 7) + 3;
         let expected = (2 * products + 4 * 8 * pairs) as f64;
         assert_eq!(forward_flops(&config, &batch), expected);

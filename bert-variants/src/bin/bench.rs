@@ -24,9 +24,10 @@ static PEAK_ALLOC: PeakAlloc = PeakAlloc;
 ///
 /// operations, where W are weights of matrix products: those of a layer 4 * hidden_size^2 + 2 (with
 /// a gate 3) * hidden_size * intermediate_size, those of the head hidden_size^2 (the dense layer)
-/// and vocab_size * hidden_size. The second line is halved for causal attention, and has the pairs
-/// inside of the window in local layers. Inference needs a third. What padding and
-/// --gradient-checkpointing add does not count.
+/// and vocab_size * hidden_size. What the last layer does after its attention is for predicted tokens
+/// alone, so that all its weights but the 3 * hidden_size^2 of q, k and v count in W_head. The second
+/// line is halved for causal attention, and has the pairs inside of the window in local layers.
+/// Inference needs a third. What padding and --gradient-checkpointing add does not count.
 #[derive(Parser)]
 #[command(version, args_override_self = true, verbatim_doc_comment)]
 struct Cli {

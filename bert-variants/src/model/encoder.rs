@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum};
+use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum, gather_rows};
 use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
 use super::graphs::Graphs;
@@ -172,22 +172,31 @@ impl Encoder {
     /// When a sequence is empty or longer than the position table, an id is outside of its table,
     /// or `cu_seqlens` does not fit.
     pub fn forward(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.hidden(tokens, dropout_seed)?;
+        let hidden = self.hidden(tokens, None, dropout_seed)?;
         Ok(match self.graphs {
             Some(_) => hidden.copy()?,
             None => hidden,
         })
     }
 
-    /// As [`Self::forward`], in memory that the next pass of this thread may use again.
-    pub(super) fn hidden(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
+    /// As [`Self::forward`], in memory that the next pass of this thread may use again. With `rows`, of
+    /// these tokens alone, in that order: the last layer computes no others after its attention.
+    pub(super) fn hidden(
+        &self,
+        tokens: &Tokens,
+        rows: Option<&[u32]>,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
         tokens.check(&self.stack.config)?;
+        if let Some(rows) = rows {
+            check_ids("position", rows, tokens.ids.len(), "number of tokens")?;
+        }
         if let (Some(graphs), None) = (&self.graphs, dropout_seed)
-            && let Some(hidden) = graphs.forward(&self.stack, tokens)
+            && let Some(hidden) = graphs.forward(&self.stack, tokens, rows)
         {
             return Ok(hidden);
         }
-        let inputs = self.stack.upload(tokens)?;
+        let inputs = self.stack.upload(tokens, rows)?;
         self.stack
             .forward(&inputs, dropout_seed, self.checkpointing)
     }
@@ -201,6 +210,8 @@ pub(super) struct Inputs {
     pub token_type_ids: Option<Tensor>,
     /// In a model with a table of positions.
     positions: Option<Tensor>,
+    /// Tokens that are asked for, if not all.
+    pub rows: Option<Tensor>,
     sequences: Sequences,
 }
 
@@ -216,7 +227,7 @@ pub(super) struct Stack {
 }
 
 impl Stack {
-    pub fn upload(&self, tokens: &Tokens) -> Result<Inputs> {
+    pub fn upload(&self, tokens: &Tokens, rows: Option<&[u32]>) -> Result<Inputs> {
         let (device, embeddings) = (&self.device, &self.embeddings);
         let types = embeddings
             .token_type
@@ -233,11 +244,12 @@ impl Stack {
             ids: Tensor::new(tokens.ids, device)?,
             token_type_ids: types.transpose()?,
             positions: positions.transpose()?,
+            rows: rows.map(|rows| Tensor::new(rows, device)).transpose()?,
             sequences: Sequences::CuSeqlens(tokens.cu_seqlens.to_vec()),
         })
     }
 
-    /// Last hidden states. Uploads nothing but what depends on `sequences` alone.
+    /// Last hidden states of the tokens asked for. Uploads nothing but what depends on `sequences` alone.
     pub fn forward(
         &self,
         inputs: &Inputs,
@@ -251,10 +263,12 @@ impl Stack {
         let mut x = cast(&x, self.dtype)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let probs = dropout.at(p.attention_probs, "attention_probs", i);
+            let last = i + 1 == self.layers.len();
             let attention = Attention {
                 spec: layer.spec.clone().with_dropout(probs),
                 relative_bias: self.relative_bias.clone(),
                 sequences: inputs.sequences.clone(),
+                rows: inputs.rows.clone().filter(|_| last),
             };
             let place = Place {
                 dropouts: *p,
@@ -325,6 +339,8 @@ struct Attention {
     spec: AttentionSpec,
     relative_bias: Option<Tensor>,
     sequences: Sequences,
+    /// The tokens that the rest of the layer computes, if not all.
+    rows: Option<Tensor>,
 }
 
 impl Attention {
@@ -337,6 +353,14 @@ impl Attention {
                 Ok(attention_qkvpacked_with_bias(&qkv, bias, spec, sequences)?)
             }
             None => qkv.attention(x, spec, sequences),
+        }
+    }
+
+    /// The tokens that the rest of the layer computes.
+    fn pick(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.rows {
+            Some(rows) => Ok(gather_rows(x, rows)?),
+            None => Ok(x.clone()),
         }
     }
 }
@@ -409,11 +433,12 @@ impl Layer {
         attention: &Attention,
         place: Place,
     ) -> Result<Tensor> {
-        let context = attention.forward(x, &self.qkv)?;
+        let context = attention.pick(&attention.forward(x, &self.qkv)?)?;
+        let residual = attention.pick(residual)?;
         let p = place.dropouts.attention_output;
         let dropout = place.dropout.at(p, "attention", place.layer);
         self.attention_output
-            .forward_add(&context, residual, dropout)
+            .forward_add(&context, &residual, dropout)
     }
 }
 

@@ -33,27 +33,38 @@ struct Pass {
     thread: ThreadId,
     cu_seqlens: Vec<usize>,
     has_types: bool,
+    /// How many tokens are asked for, if not all.
+    rows: Option<usize>,
     /// None while it was seen once.
     captured: Option<(Graph, Inputs)>,
 }
 
 impl Pass {
-    fn is_of(&self, thread: ThreadId, tokens: &Tokens) -> bool {
+    fn is_of(&self, thread: ThreadId, tokens: &Tokens, rows: Option<&[u32]>) -> bool {
         self.thread == thread
+            && self.rows == rows.map(<[u32]>::len)
             && self.has_types == tokens.token_type_ids.is_some()
             && self.cu_seqlens == tokens.cu_seqlens
     }
 
     /// Last hidden states of tokens that it [is of](Self::is_of).
-    fn forward(&mut self, stack: &Arc<Stack>, tokens: &Tokens) -> Result<Tensor> {
+    fn forward(
+        &mut self,
+        stack: &Arc<Stack>,
+        tokens: &Tokens,
+        rows: Option<&[u32]>,
+    ) -> Result<Tensor> {
         if let Some((graph, inputs)) = &mut self.captured {
             overwrite(&inputs.ids, tokens.ids)?;
             if let (Some(to), Some(types)) = (&inputs.token_type_ids, tokens.token_type_ids) {
                 overwrite(to, types)?;
             }
+            if let (Some(to), Some(rows)) = (&inputs.rows, rows) {
+                overwrite(to, rows)?;
+            }
             return Ok(graph.replay()?.clone());
         }
-        let inputs = stack.upload(tokens)?;
+        let inputs = stack.upload(tokens, rows)?;
         let work = {
             let (stack, inputs) = (stack.clone(), inputs.clone());
             move || stack.forward(&inputs, None, false)
@@ -68,13 +79,18 @@ impl Pass {
 impl Graphs {
     /// Last hidden states of checked tokens, in memory that the next pass of the same kind uses again.
     /// None where there is no graph.
-    pub fn forward(&self, stack: &Arc<Stack>, tokens: &Tokens) -> Option<Tensor> {
+    pub fn forward(
+        &self,
+        stack: &Arc<Stack>,
+        tokens: &Tokens,
+        rows: Option<&[u32]>,
+    ) -> Option<Tensor> {
         let mut passes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if passes.off || tokens.ids.len() > MAX_GRAPH_TOKENS {
             return None;
         }
         let thread = thread::current().id();
-        let hidden = find(&mut passes.list, thread, tokens)?.forward(stack, tokens);
+        let hidden = find(&mut passes.list, thread, tokens, rows)?.forward(stack, tokens, rows);
         if let Err(error) = &hidden {
             tracing::warn!("going on without CUDA graphs: {error:#}");
             passes.off = true;
@@ -86,8 +102,14 @@ impl Graphs {
 }
 
 /// The pass of these tokens, if they were seen before.
-fn find<'a>(passes: &'a mut Vec<Pass>, thread: ThreadId, tokens: &Tokens) -> Option<&'a mut Pass> {
-    if let Some(at) = passes.iter().rposition(|pass| pass.is_of(thread, tokens)) {
+fn find<'a>(
+    passes: &'a mut Vec<Pass>,
+    thread: ThreadId,
+    tokens: &Tokens,
+    rows: Option<&[u32]>,
+) -> Option<&'a mut Pass> {
+    let is_it = |pass: &Pass| pass.is_of(thread, tokens, rows);
+    if let Some(at) = passes.iter().rposition(is_it) {
         let pass = passes.remove(at);
         passes.push(pass);
         return passes.last_mut();
@@ -101,6 +123,7 @@ fn find<'a>(passes: &'a mut Vec<Pass>, thread: ThreadId, tokens: &Tokens) -> Opt
         thread,
         cu_seqlens: tokens.cu_seqlens.to_vec(),
         has_types: tokens.token_type_ids.is_some(),
+        rows: rows.map(<[u32]>::len),
         captured: None,
     });
     None
@@ -115,23 +138,25 @@ mod tests {
         let here = thread::current().id();
         let there = thread::spawn(|| thread::current().id()).join().unwrap();
         let mut passes = Vec::new();
-        let mut seen = |thread, length: usize, types: bool| {
+        let mut seen = |thread, length: usize, types: bool, rows: Option<&[u32]>| {
             let (ids, types_of) = (vec![0; length], vec![0; length]);
             let tokens = Tokens {
                 ids: &ids,
                 cu_seqlens: &[0, length],
                 token_type_ids: types.then_some(&types_of[..]),
             };
-            find(&mut passes, thread, &tokens).is_some()
+            find(&mut passes, thread, &tokens, rows).is_some()
         };
-        assert!(!seen(here, 1, false));
-        assert!(seen(here, 1, false));
-        assert!(!seen(here, 1, true) && !seen(there, 1, false));
+        assert!(!seen(here, 1, false, None));
+        assert!(seen(here, 1, false, None));
+        assert!(!seen(here, 1, true, None) && !seen(there, 1, false, None));
+        assert!(!seen(here, 1, false, Some(&[0])) && seen(here, 1, false, Some(&[0])));
+        assert!(!seen(here, 1, false, Some(&[0, 0])));
         // They fill the rest, and drive out all but the one that came again.
         for length in 2..=MAX_GRAPHS {
-            assert!(!seen(there, length, false));
-            assert!(seen(here, 1, false));
+            assert!(!seen(there, length, false, None));
+            assert!(seen(here, 1, false, None));
         }
-        assert!(!seen(here, 1, true) && !seen(there, 1, false));
+        assert!(!seen(here, 1, true, None) && !seen(there, 1, false, None));
     }
 }

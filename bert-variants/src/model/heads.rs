@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Tensor};
-use candle_rope_attn::ops::{cast, cross_entropy, gather_rows};
+use candle_rope_attn::ops::{cast, cross_entropy};
 
 use super::encoder::{Encoder, Tokens, check_ids};
 use super::layers::{LayerNorm, Linear, PassDropout, Weights, column, f32};
@@ -222,8 +222,7 @@ impl LanguageModel {
         positions: &[u32],
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
-        let rows = gather_rows(&hidden, &column(positions, &hidden)?)?;
+        let rows = self.encoder.hidden(tokens, Some(positions), dropout_seed)?;
         self.head
             .transform(&rows, PassDropout { seed: dropout_seed })
     }
@@ -346,10 +345,13 @@ impl SequenceClassifier {
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
+        let hidden = |rows: Option<&[u32]>| self.encoder.hidden(tokens, rows, dropout_seed);
         let pooled = match self.encoder.config().classifier_pooling {
-            Pooling::Cls => first_of_sequence(&hidden, tokens)?,
-            Pooling::Mean => cast(&mean_of_sequence(&hidden, tokens)?, hidden.dtype())?,
+            Pooling::Cls => hidden(Some(&first_of_sequence(tokens)))?,
+            Pooling::Mean => {
+                let hidden = hidden(None)?;
+                cast(&mean_of_sequence(&hidden, tokens)?, hidden.dtype())?
+            }
         };
         self.head
             .forward(&pooled, PassDropout { seed: dropout_seed })
@@ -413,7 +415,17 @@ impl TokenClassifier {
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn logits(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
+        self.logits_of(tokens, None, dropout_seed)
+    }
+
+    /// Those of some tokens.
+    fn logits_of(
+        &self,
+        tokens: &Tokens,
+        rows: Option<&[u32]>,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let hidden = self.encoder.hidden(tokens, rows, dropout_seed)?;
         self.head
             .forward(&hidden, PassDropout { seed: dropout_seed })
     }
@@ -429,8 +441,7 @@ impl TokenClassifier {
         classes: &[u32],
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        let logits = self.logits(tokens, dropout_seed)?;
-        let logits = gather_rows(&logits, &column(positions, &logits)?)?;
+        let logits = self.logits_of(tokens, Some(positions), dropout_seed)?;
         let problem_type = ProblemType::SingleLabelClassification;
         classification_loss(&logits, Targets::Classes(classes), problem_type, 0.0)
     }
@@ -523,7 +534,7 @@ impl SentenceEncoder {
     /// # Errors
     /// As [`Encoder::forward`].
     pub fn mean(&self, tokens: &Tokens, dropout_seed: Option<u64>) -> Result<Tensor> {
-        mean_of_sequence(&self.encoder.hidden(tokens, dropout_seed)?, tokens)
+        mean_of_sequence(&self.encoder.hidden(tokens, None, dropout_seed)?, tokens)
     }
 
     /// What transformers calls `pooler_output` `[sequences, hidden_size]`: a layer on top of the
@@ -535,16 +546,15 @@ impl SentenceEncoder {
         let Some(pooler) = &self.pooler else {
             anyhow::bail!("{} has no pooler", self.encoder.config().model_type.name());
         };
-        let hidden = self.encoder.hidden(tokens, dropout_seed)?;
-        pooler.forward(&first_of_sequence(&hidden, tokens)?)
+        let first = first_of_sequence(tokens);
+        pooler.forward(&self.encoder.hidden(tokens, Some(&first), dropout_seed)?)
     }
 }
 
-/// Rows of the first tokens `[sequences, hidden_size]`.
-fn first_of_sequence(hidden: &Tensor, tokens: &Tokens) -> Result<Tensor> {
+/// Positions of the first tokens.
+fn first_of_sequence(tokens: &Tokens) -> Vec<u32> {
     let starts = &tokens.cu_seqlens[..tokens.num_sequences()];
-    let starts: Vec<u32> = starts.iter().map(|&start| start as u32).collect();
-    Ok(gather_rows(hidden, &column(&starts, hidden)?)?)
+    starts.iter().map(|&start| start as u32).collect()
 }
 
 /// Means over each sequence `[sequences, hidden_size]`, as one matrix product.
