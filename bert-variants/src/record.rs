@@ -487,10 +487,10 @@ pub fn read_run(path: &Path) -> Result<Run> {
     Ok(run)
 }
 
-/// Writes `bytes` to `path` so that the name never holds a part of them.
+/// Writes `bytes` to `path` so that the name never holds a part of them, whoever else writes there.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut temp = path.as_os_str().to_owned();
-    temp.push(".tmp");
+    temp.push(format!(".{}.tmp", std::process::id()));
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&temp)?;
         file.write_all(bytes)?;
