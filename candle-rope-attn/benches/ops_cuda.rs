@@ -1,7 +1,9 @@
 //! Time and memory traffic of the training operations on a GPU, at the sizes of BERT-base with
-//! 32768 tokens in bf16: every kernel but the matrix products should run at the speed of memory.
+//! 32768 tokens in bf16: every kernel but the matrix products should run at the speed of memory. Then
+//! attention, through its operation and a tape, at the sizes that `scripts/check_kernels.py --bench` times
+//! the kernels at.
 //!
-//! Backward times include what Candle adds around an operation: the gradient's zeros and their sum.
+//! Other backward times include what Candle adds around an operation: the gradient's zeros and their sum.
 
 use std::time::Instant;
 
@@ -9,6 +11,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::ops::{
     AdamW, Gradients, Parameter, Tape, cross_entropy, dropout, embedding, gelu, global_norm,
     layer_norm, linear, linear_cross_entropy,
+};
+use candle_rope_attn::{
+    AttentionSpec, PositionEncoding, Rope, RopePairing, RopeScaling, Sequences, attention,
 };
 
 const TOKENS: usize = 32_768;
@@ -126,6 +131,51 @@ impl Bench {
         Ok(())
     }
 
+    /// 16,384 tokens of width 2048, bidirectional and causal, without positions and with RoPE.
+    fn attention(&self) -> Result<()> {
+        for (head_dim, causal, rope) in [
+            (64, false, false),
+            (64, false, true),
+            (64, true, false),
+            (128, false, false),
+        ] {
+            for seqlen in [512, 2048, 8192, 16_384] {
+                let (batch, num_heads) = (16_384 / seqlen, 2048 / head_dim);
+                let shape = [batch, seqlen, num_heads, head_dim];
+                let mut spec = AttentionSpec::new(num_heads, head_dim).with_causal(causal);
+                if rope {
+                    let table =
+                        Rope::new(head_dim, 1e4, RopePairing::HalfSplit, RopeScaling::None)?;
+                    spec = spec.with_position(PositionEncoding::Rope(table));
+                }
+                let [q, k, v, grad] = [(); 4].map(|()| self.var(&shape, DType::BF16));
+                let [q, k, v, grad] = [q?, k?, v?, grad?];
+                let run = |[q, k, v]: [&Tensor; 3]| attention(q, k, v, &spec, &Sequences::Dense);
+                let detached = [&q, &k, &v].map(|x| x.as_detached_tensor());
+                let forward = self.time(|| run(detached.each_ref()))?;
+                let both = self.time(|| {
+                    let (out, tape) = Tape::record(|| run([&q, &k, &v]))?;
+                    let mut gradients = Gradients::default();
+                    tape.backward_from(&out, &grad, &mut gradients)?;
+                    Ok(gradients)
+                })?;
+                let share = if causal { 0.5 } else { 1.0 };
+                let flop = share * (4 * batch * num_heads * seqlen * seqlen * head_dim) as f64;
+                let name = format!(
+                    "attention d{head_dim} {}{}",
+                    if causal { "causal" } else { "full" },
+                    if rope { " RoPE" } else { "" }
+                );
+                println!(
+                    "{name:24} {seqlen:6} {forward:7.3} ms {:4.0} TFLOP/s {both:7.3} ms {:4.0} TFLOP/s with backward",
+                    flop / forward / 1e9,
+                    3.5 * flop / both / 1e9
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// 110M parameters in 200 tensors.
     fn optimizer(&self) -> Result<()> {
         let mut parameters = Vec::new();
@@ -167,7 +217,8 @@ fn main() -> Result<()> {
             let bench = Bench { device };
             bench.differentiable()?;
             bench.decoder()?;
-            bench.optimizer()
+            bench.optimizer()?;
+            bench.attention()
         }
         Err(error) => {
             println!("skipped: {error}");

@@ -90,16 +90,12 @@ impl Tape {
     ///
     /// # Errors
     /// When memory runs out, or the loss does not come from the recorded function.
-    pub fn backward(mut self, loss: &Tensor, scale: f64, gradients: &mut Gradients) -> Result<()> {
+    pub fn backward(self, loss: &Tensor, scale: f64, gradients: &mut Gradients) -> Result<()> {
         if loss.rank() != 0 {
             bail!(
                 "backward: got a loss of shape {:?}, expected a scalar",
                 loss.dims()
             )
-        }
-        self.adopt(loss);
-        if !self.nodes.iter().any(|node| node.output == loss.id()) {
-            bail!("backward: the loss does not come from the recorded function")
         }
         let seed = (loss.ones_like()?.detach() * scale)?;
         let number = Some(scale);
@@ -107,7 +103,38 @@ impl Tape {
             number,
             ..seed.into()
         };
-        self.propagate(loss, grad, gradients)
+        self.start(loss, grad, gradients)
+    }
+
+    /// Adds the gradients of `sum(output * grad)` to `gradients`; `grad` has the shape and dtype of
+    /// `output`, a result of the recorded function.
+    ///
+    /// # Errors
+    /// As [`Self::backward`], and when shape or dtype is another.
+    pub fn backward_from(
+        self,
+        output: &Tensor,
+        grad: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if (output.shape(), output.dtype()) != (grad.shape(), grad.dtype()) {
+            bail!(
+                "backward: got a gradient of shape {:?} in {:?} for an output of {:?} in {:?}, expected both alike",
+                grad.dims(),
+                grad.dtype(),
+                output.dims(),
+                output.dtype()
+            )
+        }
+        self.start(output, grad.detach().into(), gradients)
+    }
+
+    fn start(mut self, output: &Tensor, grad: Gradient, gradients: &mut Gradients) -> Result<()> {
+        self.adopt(output);
+        if !self.nodes.iter().any(|node| node.output == output.id()) {
+            bail!("backward: the output does not come from the recorded function")
+        }
+        self.propagate(output, grad, gradients)
     }
 
     /// Goes back from an output of the recorded function whose gradient is known.

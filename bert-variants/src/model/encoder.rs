@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum, gather_rows};
+use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum, gather_rows, upload};
 use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
 use super::graphs::Graphs;
@@ -233,18 +233,18 @@ impl Stack {
             .token_type
             .as_ref()
             .map(|_| match tokens.token_type_ids {
-                Some(types) => Tensor::new(types, device),
+                Some(types) => upload(types, device),
                 None => Tensor::zeros(tokens.ids.len(), DType::U32, device),
             });
         let positions = embeddings
             .position
             .as_ref()
-            .map(|(_, first)| Tensor::new(position_ids(tokens.cu_seqlens, *first), device));
+            .map(|(_, first)| upload(&position_ids(tokens.cu_seqlens, *first), device));
         Ok(Inputs {
-            ids: Tensor::new(tokens.ids, device)?,
+            ids: upload(tokens.ids, device)?,
             token_type_ids: types.transpose()?,
             positions: positions.transpose()?,
-            rows: rows.map(|rows| Tensor::new(rows, device)).transpose()?,
+            rows: rows.map(|rows| upload(rows, device)).transpose()?,
             sequences: Sequences::CuSeqlens(tokens.cu_seqlens.to_vec()),
         })
     }

@@ -2,10 +2,10 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Tensor};
-use candle_rope_attn::ops::{cast, cross_entropy};
+use candle_rope_attn::ops::{cast, cross_entropy, upload};
 
 use super::encoder::{Encoder, Tokens, check_ids};
-use super::layers::{LayerNorm, Linear, PassDropout, Weights, column, f32};
+use super::layers::{LayerNorm, Linear, PassDropout, Weights, f32};
 use crate::config::{Activation, BertConfig, Pooling, ProblemType, Task};
 use crate::data::Batch;
 use crate::parameters::{Parameters, WORD_EMBEDDINGS};
@@ -244,7 +244,7 @@ impl LanguageModel {
             "vocab_size",
         )?;
         let x = self.decoder_input(&batch.into(), &batch.label_positions, dropout_seed)?;
-        let labels = column(&batch.labels, &x)?;
+        let labels = upload(&batch.labels, x.device())?;
         Ok((x, labels))
     }
 }
@@ -272,7 +272,7 @@ pub(crate) fn classification_loss(
     match (problem_type, targets) {
         (ProblemType::SingleLabelClassification, Targets::Classes(classes)) => {
             check_ids("class", classes, labels, "number of labels")?;
-            let loss = cross_entropy(logits, &column(classes, logits)?)?;
+            let loss = cross_entropy(logits, &upload(classes, logits.device())?)?;
             if smoothing == 0.0 {
                 return Ok(loss);
             }
@@ -476,7 +476,7 @@ impl TokenClassifier {
             let len = bounds[1] - bounds[0];
             check_ids("token of an answer", answer, len, "sequence length")?;
             let scores = logits.narrow(0, bounds[0], len)?.t()?.contiguous()?;
-            losses.push(cross_entropy(&scores, &column(answer, &scores)?)?);
+            losses.push(cross_entropy(&scores, &upload(answer, scores.device())?)?);
         }
         Ok(Tensor::stack(&losses, 0)?.mean(0)?)
     }

@@ -170,11 +170,6 @@ impl PassDropout {
     }
 }
 
-/// A column of numbers `[n]` on the device of the model.
-pub(super) fn column(values: &[u32], like: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::new(values, like.device())?)
-}
-
 /// `x` in f32, for losses.
 pub(super) fn f32(x: &Tensor) -> Result<Tensor> {
     Ok(ops::cast(x, DType::F32)?)

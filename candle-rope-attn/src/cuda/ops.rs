@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::CudaViewMut;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
@@ -418,13 +419,33 @@ fn scatter_into(
     ))
 }
 
+/// Copies from the host. A copy returns once it has taken the values; of more than 64 KiB CUDA would wait
+/// for the work before it.
+fn copy(device: &CudaDevice, values: &[u32], to: &mut CudaViewMut<u32>) -> Result<()> {
+    const PIECE: usize = (64 << 10) / size_of::<u32>();
+    for (i, values) in values.chunks(PIECE).enumerate() {
+        let start = i * PIECE;
+        device.memcpy_htod(values, &mut to.slice_mut(start..start + values.len()))?;
+    }
+    Ok(())
+}
+
+/// A u32 tensor of these elements.
+pub(crate) fn upload(device: &CudaDevice, values: &[u32]) -> Result<CudaStorage> {
+    let mut slice = alloc(device, values.len())?;
+    copy(device, values, &mut slice.slice_mut(..))?;
+    Ok(CudaStorage {
+        slice: CudaStorageSlice::U32(slice),
+        device: device.clone(),
+    })
+}
+
 /// Replaces the elements of a contiguous u32 tensor.
 pub(crate) fn overwrite(x: &mut CudaStorage, layout: &Layout, values: &[u32]) -> Result<()> {
     let device = x.device().clone();
     match (&mut x.slice, layout.contiguous_offsets()) {
-        // It returns once it has taken the values.
         (CudaStorageSlice::U32(x), Some((start, end))) => {
-            device.memcpy_htod(values, &mut x.slice_mut(start..end))
+            copy(&device, values, &mut x.slice_mut(start..end))
         }
         _ => bail!("got a tensor of another dtype or with gaps, expected contiguous u32"),
     }

@@ -36,7 +36,7 @@ pub use layer_norm::layer_norm;
 pub(crate) use linear::linear_rotated;
 pub use linear::{linear, linear_add, mlp_add};
 pub use linear_cross_entropy::linear_cross_entropy;
-pub use overwrite::overwrite;
+pub use overwrite::{overwrite, upload};
 pub use rope::rope;
 
 pub use crate::profile::{Part, Profile};

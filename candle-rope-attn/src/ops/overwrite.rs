@@ -1,11 +1,27 @@
-//! Numbers from the host in a tensor that exists.
+//! Numbers from the host in a tensor, new or there already.
 
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, bail};
 #[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
+use candle_core::{CudaStorage, Storage};
 
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
+
+/// Ids, positions or labels as a u32 tensor `[n]`. A GPU's work so far is not waited for, as
+/// [`Tensor::new`] does with more than a few.
+///
+/// # Errors
+/// When memory runs out.
+pub fn upload(values: &[u32], device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let storage = cuda::upload(device, values)?;
+            Ok(super::plain(Storage::Cuda(storage), values.len()))
+        }
+        device => Tensor::new(values, device),
+    }
+}
 
 /// Replaces the elements of x, u32 and contiguous, for all who share its memory: a
 /// [`Graph`](crate::Graph) then works on these.

@@ -7,6 +7,7 @@ use crate::common::{Input, assert_close, device_tests, values};
 device_tests!(
     checkpoints_any_function,
     adds_all_uses_of_a_tensor,
+    begins_anywhere,
     leaves_out_what_is_frozen,
     takes_narrow_weights,
 );
@@ -50,6 +51,33 @@ fn adds_all_uses_of_a_tensor(device: &Device) -> Result<()> {
         let z = linear(&linear(&y, &weight, None)?, &weight, None)?;
         (gelu(&z)? * &y)?.sum_all()
     })
+}
+
+fn begins_anywhere(device: &Device) -> Result<()> {
+    let (x, weight) = (var(&[7, 8], 1, device)?, var(&[8, 8], 2, device)?);
+    let grad = var(&[7, 8], 3, device)?;
+    // The last operation is ours, then Candle's.
+    for last in [gelu, Tensor::tanh] {
+        let function = || last(&linear(&x, &weight, None)?);
+        let in_graph = (function()? * grad.as_tensor())?.sum_all()?.backward()?;
+        let (y, tape) = Tape::record(function)?;
+        let mut on_tape = Gradients::default();
+        tape.backward_from(&y, &grad, &mut on_tape)?;
+        for var in [&x, &weight] {
+            let expected = in_graph.get(var).context("no gradient")?;
+            let got = on_tape.remove(var).context("no gradient")?;
+            assert_close("a gradient", &got, &values(expected)?)?;
+        }
+    }
+    let (y, tape) = Tape::record(|| gelu(&x))?;
+    let narrow = grad.narrow(1, 0, 4)?;
+    let error = tape.backward_from(&y, &narrow, &mut Gradients::default());
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("[7, 4]") && error.contains("[7, 8]"),
+        "{error}"
+    );
+    Ok(())
 }
 
 fn leaves_out_what_is_frozen(device: &Device) -> Result<()> {
