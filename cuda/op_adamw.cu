@@ -15,6 +15,7 @@ struct StepScalars {
 };
 
 struct StepConstants {
+  const double* lr;
   float beta2, eps;
   float gain1, gain2;  // 1 - beta1 and 1 - beta2
 };
@@ -29,7 +30,7 @@ __global__ void begin_step_kernel(const OpAdamW p, StepScalars* scalars) {
   }
   const uint32_t step = ++*p.steps;
   scalars->clip = static_cast<float>(fmin(1.0, p.max_norm / (norm + 1e-6)));
-  scalars->step_size = static_cast<float>(p.lr / (1.0 - pow(p.beta1, step)));
+  scalars->step_size = static_cast<float>(*p.lr / (1.0 - pow(p.beta1, step)));
   scalars->second_scale = static_cast<float>(1.0 / sqrt(1.0 - pow(p.beta2, step)));
 }
 
@@ -56,6 +57,7 @@ __device__ __forceinline__ void update(const OpAdamWTensor& tensor, int64_t begi
   float* first = tensor.moments;
   float* second = tensor.moments + tensor.grad.len;
   R* rounded = static_cast<R*>(const_cast<void*>(tensor.rounded.ptr));
+  const float keep = static_cast<float>(1.0 - *constants.lr * tensor.weight_decay);
 #pragma unroll 2
   for (int64_t i = begin + threadIdx.x * W; i < end; i += kOpThreads * W) {
     float g[W], p[W], m[W], v[W];
@@ -68,7 +70,7 @@ __device__ __forceinline__ void update(const OpAdamWTensor& tensor, int64_t begi
       g[j] *= scalars.clip;
       m[j] += constants.gain1 * (g[j] - m[j]);
       v[j] = constants.beta2 * v[j] + constants.gain2 * (g[j] * g[j]);
-      p[j] = tensor.keep * p[j] -
+      p[j] = keep * p[j] -
              scalars.step_size * m[j] / (sqrtf(v[j]) * scalars.second_scale + constants.eps);
     }
     store_f32<W>(tensor.parameter + i, p);
@@ -117,7 +119,7 @@ int op_adamw(const OpAdamW* params, const OpAdamWTensor* tensors, int64_t count,
   auto* scalars = reinterpret_cast<StepScalars*>(params->scalars);
   ATTN_RETURN_IF(launch(begin_step_kernel, 1, 1, 0, stream, *params, scalars));
   const StepConstants constants{
-      static_cast<float>(params->beta2), static_cast<float>(params->eps),
+      params->lr, static_cast<float>(params->beta2), static_cast<float>(params->eps),
       static_cast<float>(1.0 - params->beta1), static_cast<float>(1.0 - params->beta2)};
   return StepList::for_lists(
       tensors, count, [](const OpAdamWTensor& tensor) { return tensor.grad.len; },

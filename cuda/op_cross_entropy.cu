@@ -1,5 +1,6 @@
 // Cross-entropy of a softmax with labels: loss = mean(lse - logits[label]) over the rows, where lse
-// is the log of the sum of exp(logits), and d_logits = (exp(logits - lse) - onehot) * grad / rows.
+// is the log of the sum of exp(logits), and d_logits = (exp(logits - lse) - onehot) * grad / rows. Both are
+// 0 in rows to be ignored.
 //
 // A block takes a row and reads it once. Rows of an odd vocabulary begin anywhere, so what lies
 // before and after the 16-byte boundaries of a row is read one by one.
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kOpThreads)
   if (threadIdx.x != 0) return;
   const uint32_t label = labels[row];
   lse[row] = result;
-  losses[row] = label < vocab ? result - to_float(x[label]) : NAN;
+  losses[row] = label == OP_IGNORED ? 0.0f : label < vocab ? result - to_float(x[label]) : NAN;
 }
 
 __global__ void __launch_bounds__(kOpThreads)
@@ -159,8 +160,9 @@ __global__ void __launch_bounds__(kOpThreads)
                              const float* __restrict__ lse, const float* __restrict__ grad,
                              T* __restrict__ d_logits, int64_t rows, int64_t vocab) {
   const int64_t row = blockIdx.x;
+  const float scale = labels[row] == OP_IGNORED ? 0.0f : *grad / rows;
   write_derivatives<T, kOpThreads, kChunks>(logits + row * vocab, d_logits + row * vocab,
-                                            labels[row], lse[row], *grad / rows, vocab);
+                                            labels[row], lse[row], scale, vocab);
 }
 
 // So many that the few rows a multiprocessor works on stay in its L1 cache for the second pass.
@@ -175,8 +177,9 @@ __global__ void __launch_bounds__(kInPlaceThreads)
   // Read before the barrier in row_lse, after which threads begin to write.
   const float logit = label < vocab ? to_float(x[label]) : NAN;
   const float lse = row_lse<T, kInPlaceThreads>(x, vocab);
-  if (threadIdx.x == 0) losses[row] = lse - logit;
-  write_derivatives<T, kInPlaceThreads, true>(x, x, label, lse, 1.0f, vocab);
+  const bool ignored = label == OP_IGNORED;
+  if (threadIdx.x == 0) losses[row] = ignored ? 0.0f : lse - logit;
+  write_derivatives<T, kInPlaceThreads, true>(x, x, label, lse, ignored ? 0.0f : 1.0f, vocab);
 }
 
 }  // namespace attn

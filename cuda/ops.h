@@ -94,7 +94,9 @@ int op_sum_rows(const OpTable* tables, int64_t count, float* y, int64_t len, int
                 void* stream);
 
 // logits, d_logits: [rows, vocab]; labels: [rows]; lse, losses: f32 [rows]; loss, its mean, and
-// grad, the gradient of that: one f32. A label from `vocab` on makes the loss NaN.
+// grad, the gradient of that: one f32. A row labelled OP_IGNORED has no loss and no gradient; another label
+// from `vocab` on makes the loss NaN.
+#define OP_IGNORED UINT32_MAX
 int op_cross_entropy_fwd(int32_t dtype, const void* logits, const uint32_t* labels, float* lse,
                          float* losses, float* loss, int64_t rows, int64_t vocab, void* stream);
 int op_cross_entropy_bwd(int32_t dtype, const void* logits, const uint32_t* labels,
@@ -126,14 +128,14 @@ typedef struct OpAdamWTensor {
   float* moments;    // [2, grad.len]
   OpTensor grad;
   OpTensor rounded;  // [grad.len], the parameter in another dtype; or ptr is null
-  float keep;  // 1 - lr * weight_decay
+  double weight_decay;
 } OpAdamWTensor;
 
 typedef struct OpAdamW {
   const float* grad_norm;  // one f32; where it is not finite nothing changes
   uint32_t* steps;         // updates made so far; counted up
   float* scalars;          // [4], workspace
-  double lr;
+  const double* lr;        // one number
   double max_norm;  // gradients are scaled by min(1, max_norm / (grad_norm + 1e-6)); may be inf
   double beta1;
   double beta2;
@@ -145,7 +147,7 @@ ATTN_STATIC_ASSERT(sizeof(OpTensor) == 24, "OpTensor layout");
 ATTN_STATIC_ASSERT(offsetof(OpTable, count) == 16, "OpTable layout");
 ATTN_STATIC_ASSERT(sizeof(OpTable) == 24, "OpTable layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, grad) == 16, "OpAdamWTensor layout");
-ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, keep) == 64, "OpAdamWTensor layout");
+ATTN_STATIC_ASSERT(offsetof(OpAdamWTensor, weight_decay) == 64, "OpAdamWTensor layout");
 ATTN_STATIC_ASSERT(sizeof(OpAdamWTensor) == 72, "OpAdamWTensor layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamW, lr) == 24, "OpAdamW layout");
 ATTN_STATIC_ASSERT(offsetof(OpAdamW, eps) == 56, "OpAdamW layout");

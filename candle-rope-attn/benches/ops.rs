@@ -99,7 +99,7 @@ fn optimizer(c: &mut Criterion) -> Result<()> {
         weight_decay: 0.1,
         rounded: None,
     };
-    let mut ours = AdamW::new(vec![parameter], (0.9, 0.999), 1e-8)?;
+    let ours = AdamW::new(vec![parameter], (0.9, 0.999), 1e-8)?;
     let grads = [grad.clone()];
     group.bench_function("ours, clipped", |b| {
         b.iter(|| {

@@ -194,7 +194,7 @@ impl Bench {
             .map(|p| p.var.ones_like())
             .collect::<Result<Vec<_>>>()?;
         let elements: usize = grads.iter().map(Tensor::elem_count).sum();
-        let mut optimizer = AdamW::new(parameters, (0.9, 0.999), 1e-8)?;
+        let optimizer = AdamW::new(parameters, (0.9, 0.999), 1e-8)?;
 
         let time = self.time(|| global_norm(&grads))?;
         println!(

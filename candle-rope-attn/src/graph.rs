@@ -2,7 +2,9 @@
 
 use std::fmt::Display;
 
-use candle_core::{Device, Error, Result, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
+use candle_core::{Device, Error, Result, Tensor, bail};
 
 #[cfg(feature = "cuda")]
 use crate::cuda::graph::Captured;
@@ -16,9 +18,11 @@ use crate::cuda::graph::Captured;
 ///   gives it other numbers, and an optimizer other weights. They live as long as the graph, which owns
 ///   the work.
 /// - has shapes, and sizes in [`Sequences`](crate::Sequences), that are the same at every replay.
-/// - neither copies from or to the host nor waits for the device. What the operations of this crate upload,
-///   such as bounds of sequences, is found again: it was uploaded when the work ran before the capture.
-/// - keeps no tensor but its result: what it allocates belongs to the graph. There are no gradients.
+/// - neither copies to the host nor waits for the device. What operations upload, such as bounds of
+///   sequences or strides, is found again: it was uploaded when the work ran before the capture.
+/// - keeps no tensor but its result: what it allocates belongs to the graph. Gradients are results as others,
+///   of a [`Tape`](crate::ops::Tape) that the work records and goes back; so a whole training step can be
+///   captured.
 ///
 /// ```no_run
 /// use candle_core::{DType, Result, Tensor};
@@ -37,7 +41,8 @@ use crate::cuda::graph::Captured;
 /// ```
 ///
 /// A graph may move to another thread as a tensor may: once the device has been waited for, as each
-/// thread has its own order of work.
+/// thread has its own order of work; and while the thread that captured it is there, which keeps what was
+/// uploaded.
 pub struct Graph {
     #[cfg(feature = "cuda")]
     captured: Captured,
@@ -57,11 +62,42 @@ impl Graph {
         device: &Device,
         work: impl Fn() -> std::result::Result<Tensor, E> + Send + 'static,
     ) -> std::result::Result<Self, E> {
+        let result = Self::rehearse(device, &work)?;
+        Ok(Self::capture_rehearsed(device, result, work)?)
+    }
+
+    /// The first half of [`Self::capture`], for work that must not be lost or done again when it cannot be
+    /// captured: runs it as usual, and keeps what it uploads for a capture. Gives a copy of its result.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub fn rehearse<E: From<Error>>(
+        device: &Device,
+        work: impl Fn() -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<Tensor, E> {
+        #[cfg(feature = "cuda")]
+        let _keeping = device
+            .as_cuda_device()
+            .ok()
+            .map(CudaDevice::enable_cuda_graph_htod_cache);
+        let _ = device;
+        // A copy, as it may be a tensor that lives on elsewhere.
+        Ok(work()?.contiguous()?.copy()?.detach())
+    }
+
+    /// The second half of [`Self::capture`]: captures work that was just rehearsed, without effect, but for
+    /// `result`, which it gave and now belongs to the graph.
+    ///
+    /// # Errors
+    /// As of [`Self::capture`].
+    pub fn capture_rehearsed<E: Display>(
+        device: &Device,
+        result: Tensor,
+        work: impl Fn() -> std::result::Result<Tensor, E> + Send + 'static,
+    ) -> Result<Self> {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => {
-                // A copy, as it may be a tensor that lives on elsewhere.
-                let result = work()?.contiguous()?.copy()?.detach();
                 let captured = Captured::new(cuda, || {
                     let again = work().map_err(|error| Error::msg(format!("{error:#}")))?;
                     crate::cuda::graph::copy(&again.contiguous()?, &result)
@@ -73,11 +109,11 @@ impl Graph {
                 })
             }
             _ => {
-                drop(work);
-                Err(E::from(Error::msg(format!(
+                drop((result, work));
+                bail!(
                     "CUDA graphs need an NVIDIA GPU and a program built with --features cuda, got {:?}; run the work as it is",
                     device.location()
-                ))))
+                )
             }
         }
     }

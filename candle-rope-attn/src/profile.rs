@@ -77,6 +77,12 @@ impl Profile {
         Ok(Self(()))
     }
 
+    /// Whether one began on this thread and did not finish: work that a [`Graph`](crate::Graph) replays has
+    /// no parts.
+    pub fn is_running() -> bool {
+        MARKS.with_borrow(Option::is_some)
+    }
+
     /// Says that what ran since the last mark was `name` of `pass`.
     pub fn mark(&self, pass: &'static str, name: &'static str) {
         mark(pass, name);

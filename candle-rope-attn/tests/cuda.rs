@@ -295,9 +295,10 @@ fn what_a_graph_cannot_do_is_named() -> Result<()> {
     };
     check(error_of(Graph::capture(&device, work)), "cannot upload")?;
 
-    // A tensor from the host, and to it.
-    let on = device.clone();
-    let work = move || Tensor::new(&[1f32, 2.0], &on)?.sqr();
+    // A tensor from the host that is another each time, and one to it.
+    let (on, turn) = (device.clone(), turns.clone());
+    let work =
+        move || Tensor::new(turn.fetch_add(1, Ordering::Relaxed) as u32, &on)?.to_dtype(DType::F32);
     check(error_of(Graph::capture(&device, work)), "host data")?;
     let x = Tensor::ones(3, DType::F32, &device)?;
     let work = move || {

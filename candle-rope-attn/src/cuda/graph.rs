@@ -44,7 +44,7 @@ impl Captured {
         }
         let capture = Capture::start(&stream)?;
         let uploads = CapturedUploads::start();
-        // Candle refuses copies from and to the host as long as this lives.
+        // Candle refuses copies to the host as long as this lives, and from it those it does not keep.
         let refusing = device.enable_cuda_graph_htod_cache();
         let done = work();
         drop(refusing);
@@ -166,7 +166,7 @@ impl Drop for Capture<'_> {
 
 fn explain(error: &Error) -> Error {
     Error::msg(format!(
-        "cannot capture a CUDA graph: {error}. The work ran before; in a graph it must do the same again, without gradients, without copies from or to the host (make tensors before, and overwrite them), and without waiting for the device"
+        "cannot capture a CUDA graph: {error}. The work ran before; in a graph it must do the same again, without keeping gradients, without copies from or to the host (make tensors before, and overwrite them), and without waiting for the device"
     ))
 }
 

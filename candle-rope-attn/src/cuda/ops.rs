@@ -570,9 +570,10 @@ pub(crate) struct AdamW<'a> {
     pub grad_norm: &'a Tensor,
     /// u32 scalar, counted up.
     pub steps: &'a Tensor,
+    /// The learning rate, an f64 in two u32.
+    pub lr: &'a Tensor,
     pub betas: [f64; 2],
     pub eps: f64,
-    pub lr: f64,
     pub max_norm: Option<f64>,
 }
 
@@ -585,8 +586,7 @@ pub(crate) struct AdamWTensor<'a> {
     /// f32 `[2, elements]`, updated.
     pub moments: &'a Tensor,
     pub grad: &'a Tensor,
-    /// `1 - lr * weight_decay`.
-    pub keep: f64,
+    pub weight_decay: f64,
 }
 
 /// The tensors are changed under a lock for reading, as Candle gives out no other. No one who uses the
@@ -597,7 +597,7 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
     let moments = LockedTensors::new(tensors.iter().map(|t| t.moments));
     let grads = LockedTensors::new(tensors.iter().map(|t| t.grad));
     let rounded = LockedTensors::new(tensors.iter().filter_map(|t| t.rounded));
-    let scalars = LockedTensors::new([step.grad_norm, step.steps]);
+    let scalars = LockedTensors::new([step.grad_norm, step.steps, step.lr]);
     let mut workspace = alloc::<f32>(device, 4)?;
 
     let stream = device.cuda_stream();
@@ -611,7 +611,7 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
         grad_norm: scalars[0].ptr.cast(),
         steps: scalars[1].ptr.cast_mut().cast(),
         scalars: pointers.write(&mut workspace),
-        lr: step.lr,
+        lr: scalars[2].ptr.cast(),
         max_norm: step.max_norm.unwrap_or(f64::INFINITY),
         beta1: step.betas[0],
         beta2: step.betas[1],
@@ -634,7 +634,7 @@ pub(crate) fn adamw(device: &CudaDevice, step: &AdamW, tensors: &[AdamWTensor]) 
                     dtype: dtype_code(DType::F32),
                 },
             },
-            keep: tensor.keep as f32,
+            weight_decay: tensor.weight_decay,
         })
         .collect();
     let what = || format!("AdamW of {} tensors", tensors.len());

@@ -28,7 +28,7 @@ pub(crate) struct OpAdamWTensor {
     pub moments: *mut f32,
     pub grad: OpTensor,
     pub rounded: OpTensor,
-    pub keep: f32,
+    pub weight_decay: f64,
 }
 
 #[repr(C)]
@@ -36,7 +36,7 @@ pub(crate) struct OpAdamW {
     pub grad_norm: *const f32,
     pub steps: *mut u32,
     pub scalars: *mut f32,
-    pub lr: f64,
+    pub lr: *const f64,
     pub max_norm: f64,
     pub beta1: f64,
     pub beta2: f64,
@@ -49,7 +49,7 @@ const _: () = assert!(size_of::<OpTensor>() == 24);
 const _: () = assert!(offset_of!(OpTable, count) == 16);
 const _: () = assert!(size_of::<OpTable>() == 24);
 const _: () = assert!(offset_of!(OpAdamWTensor, grad) == 16);
-const _: () = assert!(offset_of!(OpAdamWTensor, keep) == 64);
+const _: () = assert!(offset_of!(OpAdamWTensor, weight_decay) == 64);
 const _: () = assert!(size_of::<OpAdamWTensor>() == 72);
 const _: () = assert!(offset_of!(OpAdamW, lr) == 24);
 const _: () = assert!(offset_of!(OpAdamW, eps) == 56);

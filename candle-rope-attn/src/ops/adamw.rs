@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, DType, Device, IndexOp, InplaceOp2, Layout, Result
 use rayon::prelude::*;
 
 use super::cpu::{CHUNK, values, values_mut, vectorized, with_element};
+use super::overwrite::overwrite;
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
@@ -22,13 +23,16 @@ pub struct Parameter {
     pub rounded: Option<Var>,
 }
 
-/// The optimizer with its moments, as `torch.optim.AdamW`.
+/// The optimizer with its moments, as `torch.optim.AdamW`. A clone has the same ones.
+#[derive(Clone)]
 pub struct AdamW {
     parameters: Vec<Parameter>,
     /// Of each parameter the first and second moment, f32 `[2, elements]`.
     moments: Vec<Tensor>,
     /// Updates made so far, a u32 scalar on the device of the parameters.
     steps: Tensor,
+    /// Learning rate of the next update, an f64 in two u32 on that device.
+    lr: Tensor,
     betas: [f64; 2],
     eps: f64,
 }
@@ -92,9 +96,34 @@ impl AdamW {
             parameters,
             moments,
             steps: Tensor::new(0u32, &device)?,
+            lr: Tensor::zeros(2, DType::U32, &device)?,
             betas: [betas.0, betas.1],
             eps,
         })
+    }
+
+    /// [`Self::set_lr`], then [`Self::update`].
+    ///
+    /// # Errors
+    /// As theirs.
+    pub fn step(
+        &self,
+        grads: &[Tensor],
+        lr: f64,
+        grad_norm: &Tensor,
+        max_norm: Option<f64>,
+    ) -> Result<()> {
+        self.set_lr(lr)?;
+        self.update(grads, grad_norm, max_norm)
+    }
+
+    /// Sets the learning rate, 0 before: on a GPU also that of a [`Graph`](crate::Graph) which updates.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn set_lr(&self, lr: f64) -> Result<()> {
+        let bits = lr.to_bits();
+        overwrite(&self.lr, &[bits as u32, (bits >> 32) as u32])
     }
 
     /// One update of all parameters by gradients in their order, f32, bf16 or f16.
@@ -106,10 +135,9 @@ impl AdamW {
     ///
     /// # Errors
     /// When a gradient is missing or does not fit its parameter.
-    pub fn step(
-        &mut self,
+    pub fn update(
+        &self,
         grads: &[Tensor],
-        lr: f64,
         grad_norm: &Tensor,
         max_norm: Option<f64>,
     ) -> Result<()> {
@@ -124,9 +152,9 @@ impl AdamW {
         super::check_device("AdamW", "grad_norm", grad_norm, self.steps.device())?;
         let grads = self.check_grads(grads)?;
         match self.steps.device() {
-            Device::Cpu => self.step_cpu(&grads, lr, grad_norm, max_norm),
+            Device::Cpu => self.update_cpu(&grads, grad_norm, max_norm),
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => self.step_cuda(device, &grads, lr, grad_norm, max_norm),
+            Device::Cuda(device) => self.update_cuda(device, &grads, grad_norm, max_norm),
             device => bail!(
                 "AdamW: got parameters on {:?}, which it has no kernels for",
                 device.location()
@@ -154,10 +182,9 @@ impl AdamW {
         checked.collect()
     }
 
-    fn step_cpu(
-        &mut self,
+    fn update_cpu(
+        &self,
         grads: &[Tensor],
-        lr: f64,
         grad_norm: &Tensor,
         max_norm: Option<f64>,
     ) -> Result<()> {
@@ -166,6 +193,8 @@ impl AdamW {
             return Ok(());
         }
         let steps = self.steps()? + 1;
+        let lr: Vec<u32> = self.lr.to_vec1()?;
+        let lr = f64::from_bits(u64::from(lr[1]) << 32 | u64::from(lr[0]));
         let [first, second] = self.betas.map(|beta| 1.0 - beta.powi(steps as i32));
         let step = Step {
             beta2: self.betas[1] as f32,
@@ -190,25 +219,23 @@ impl AdamW {
                 )?;
             }
         }
-        self.steps = Tensor::new(steps, &Device::Cpu)?;
-        Ok(())
+        overwrite(&self.steps, &[steps])
     }
 
     #[cfg(feature = "cuda")]
-    fn step_cuda(
+    fn update_cuda(
         &self,
         device: &candle_core::CudaDevice,
         grads: &[Tensor],
-        lr: f64,
         grad_norm: &Tensor,
         max_norm: Option<f64>,
     ) -> Result<()> {
         let step = cuda::AdamW {
             grad_norm,
             steps: &self.steps,
+            lr: &self.lr,
             betas: self.betas,
             eps: self.eps,
-            lr,
             max_norm,
         };
         let tensors: Vec<_> = self
@@ -221,7 +248,7 @@ impl AdamW {
                 rounded: parameter.rounded.as_deref(),
                 moments,
                 grad,
-                keep: 1.0 - lr * parameter.weight_decay,
+                weight_decay: parameter.weight_decay,
             })
             .collect();
         cuda::adamw(device, &step, &tensors)
@@ -259,7 +286,7 @@ impl AdamW {
     ///
     /// # Errors
     /// When it does not fit the parameters; then nothing has changed.
-    pub fn load_state(&mut self, state: &AdamWState) -> Result<()> {
+    pub fn load_state(&self, state: &AdamWState) -> Result<()> {
         if state.moments.len() != self.parameters.len() {
             bail!(
                 "AdamW: got moments of {} parameters, expected {}; the checkpoint belongs to another model",
@@ -277,15 +304,12 @@ impl AdamW {
             let [first, second] = [&moments.0, &moments.1].map(Tensor::flatten_all);
             Tensor::stack(&[first?, second?], 0)?.to_device(device)
         };
-        let moments = state
-            .moments
-            .iter()
-            .zip(&self.parameters)
-            .map(load)
-            .collect::<Result<_>>()?;
-        self.steps = Tensor::new(state.steps, device)?;
-        self.moments = moments;
-        Ok(())
+        let loaded = state.moments.iter().zip(&self.parameters).map(load);
+        let loaded = loaded.collect::<Result<Vec<_>>>()?;
+        for (moments, loaded) in self.moments.iter().zip(&loaded) {
+            moments.slice_set(loaded, 0, 0)?;
+        }
+        overwrite(&self.steps, &[state.steps])
     }
 }
 

@@ -15,10 +15,13 @@ use crate::element::{Element, check_dtype};
 use crate::operand::Locked;
 use crate::tape;
 
+/// Label of rows without loss and gradient.
+pub const IGNORED: u32 = u32::MAX;
+
 /// Mean of `ln(sum(exp(logits[i]))) - logits[i, labels[i]]` over the rows, in nats; an f32 scalar.
 ///
-/// logits are `[n, vocab]` in f32, bf16 or f16, computed with in f32; labels are u32 `[n]`. Only
-/// the log-sum-exp of each row is kept for the backward pass.
+/// logits are `[n, vocab]` in f32, bf16 or f16, computed with in f32; labels are u32 `[n]`. Rows labelled
+/// [`IGNORED`] count in the mean with a loss of 0. Only the log-sum-exp of each row is kept for the backward pass.
 ///
 /// # Errors
 /// When a dtype or shape is another, there are no rows, or a label is not below `vocab`. On a GPU,
@@ -48,7 +51,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
 
 /// On the CPU, where they can be read without waiting.
 pub(super) fn check_labels(labels: &[u32], vocab: usize) -> Result<()> {
-    match labels.iter().position(|label| *label as usize >= vocab) {
+    let is_wrong = |label: &u32| *label as usize >= vocab && *label != IGNORED;
+    match labels.iter().position(is_wrong) {
         Some(row) => bail!(
             "cross_entropy: got label {} in row {row}, but logits has {vocab} columns",
             labels[row]
@@ -90,7 +94,8 @@ impl CustomOp2 for CrossEntropy {
                     #[inline(always)]
                     || log_sum_exp(logits),
                 );
-                (lse, f64::from(lse - logits[*label as usize].to_f32()))
+                let logit = logits.get(*label as usize);
+                (lse, logit.map_or(0.0, |logit| f64::from(lse - logit.to_f32())))
             };
             logits.map(row).unzip()
         });
@@ -136,6 +141,9 @@ struct CrossEntropyBackward<'a> {
 
 #[inline(always)]
 fn backward_row<T: Element>(logits: &[T], label: usize, lse: f32, scale: f32, d_logits: &mut [T]) {
+    if label >= logits.len() {
+        return d_logits.fill(T::from_f32(0.0));
+    }
     let probability = |logit: T| exp(logit.to_f32() - lse);
     for (d, logit) in d_logits.iter_mut().zip(logits) {
         *d = T::from_f32(probability(*logit) * scale);
@@ -228,6 +236,10 @@ pub(super) fn cross_entropy_in_place(
 
 #[inline(always)]
 fn in_place_row(row: &mut [f32], label: usize) -> f32 {
+    if label >= row.len() {
+        row.fill(0.0);
+        return 0.0;
+    }
     let lse = log_sum_exp(row);
     let loss = lse - row[label];
     row.iter_mut().for_each(|x| *x = exp(*x - lse));

@@ -26,7 +26,7 @@ use candle_core::{Context, DType, Device, Result, Shape, Storage, Tensor, bail};
 
 pub use adamw::{AdamW, AdamWState, Parameter};
 pub use cast::cast;
-pub use cross_entropy::cross_entropy;
+pub use cross_entropy::{IGNORED, cross_entropy};
 pub use dropout::{dropout, dropout_add};
 pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;

@@ -88,7 +88,7 @@ fn matches_reference(device: &Device) -> Result<()> {
                 weight_decay: *weight_decay,
             });
         }
-        let mut optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
+        let optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
         for step in 1..=4 {
             let lr = 0.01 * f64::from(step);
             let grads = gradients(&parameters, step as u64, device)?;
@@ -133,7 +133,7 @@ fn matches_reference(device: &Device) -> Result<()> {
 
 fn skips_what_is_not_finite(device: &Device) -> Result<()> {
     let parameters = parameters(device)?;
-    let mut optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
+    let optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
     let mut grads = gradients(&parameters, 1, device)?;
     optimizer.step(&grads, 0.1, &global_norm(&grads)?, Some(1.0))?;
     let read = |optimizer: &AdamW| -> Result<_> {
@@ -187,7 +187,7 @@ fn many_parameters(device: &Device) -> Result<()> {
             rounded: None,
         });
     }
-    let mut optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
+    let optimizer = AdamW::new(parameters.clone(), BETAS, EPS)?;
     let grads = vec![Tensor::ones(3, DType::F32, device)?; 500];
     optimizer.step(&grads, 0.5, &global_norm(&grads)?, None)?;
     for p in parameters {

@@ -1,6 +1,6 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_rope_attn::ops::cross_entropy;
+use candle_rope_attn::ops::{IGNORED, cross_entropy};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
@@ -20,6 +20,10 @@ pub fn reference(inputs: &[Vec<f64>], grad: &[f64], labels: &[u32]) -> Reference
     let mut loss = 0.0;
     let mut d_logits = Vec::new();
     for (logits, label) in inputs[0].chunks(vocab).zip(labels) {
+        if *label == IGNORED {
+            d_logits.extend(vec![0.0; vocab]);
+            continue;
+        }
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
         loss += (max + sum.ln() - logits[*label as usize]) / rows as f64;
@@ -41,6 +45,14 @@ fn reference_is_right() {
     });
 }
 
+/// A third of them ignored.
+pub fn random_labels(rows: usize, vocab: usize) -> Vec<u32> {
+    let mut labels = random_indices(rows, vocab as u32, 4);
+    let ignored = labels.iter_mut().skip(1).step_by(3);
+    ignored.for_each(|label| *label = IGNORED);
+    labels
+}
+
 fn matches_reference(device: &Device) -> Result<()> {
     for dtype in DTYPES {
         for (rows, vocab) in [
@@ -51,7 +63,7 @@ fn matches_reference(device: &Device) -> Result<()> {
             (4, 30_522),
             (300, 96),
         ] {
-            let labels = random_indices(rows, vocab as u32, 4);
+            let labels = random_labels(rows, vocab);
             let label_tensor = Tensor::new(&labels[..], device)?;
             let mut logits = Input::random(&[rows, vocab], dtype, 1);
             logits.values.iter_mut().for_each(|x| *x *= 4.0);

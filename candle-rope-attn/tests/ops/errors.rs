@@ -148,7 +148,7 @@ fn optimizer() -> Result<()> {
         &["beta 1", "[0, 1)"],
     );
 
-    let mut optimizer = new(vec![parameter(&[2], DType::F32)], 0.9)?;
+    let optimizer = new(vec![parameter(&[2], DType::F32)], 0.9)?;
     let norm = Tensor::new(1f32, &Device::Cpu)?;
     assert_error(
         optimizer.step(&[], 0.1, &norm, None),

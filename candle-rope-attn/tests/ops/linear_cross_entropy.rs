@@ -2,9 +2,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::ops::{Gradients, Tape, cross_entropy, linear, linear_cross_entropy};
 
-use crate::common::{
-    Input, Reference, check_reference, compare, device_tests, random, random_indices, values,
-};
+use crate::common::{Input, Reference, check_reference, compare, device_tests, random, values};
 use crate::{cross_entropy, linear};
 
 device_tests!(
@@ -44,7 +42,7 @@ fn inputs([rows, features, vocab]: [usize; 3], dtype: DType) -> [Input; 3] {
 }
 
 fn labels(rows: usize, vocab: usize, device: &Device) -> Result<(Vec<u32>, Tensor)> {
-    let labels = random_indices(rows, vocab as u32, 4);
+    let labels = cross_entropy::random_labels(rows, vocab);
     let tensor = Tensor::new(&labels[..], device)?;
     Ok((labels, tensor))
 }

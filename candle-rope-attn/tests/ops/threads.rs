@@ -43,7 +43,7 @@ fn train() -> Result<Vec<Vec<f64>>> {
         weight_decay: 0.1,
         rounded: None,
     };
-    let mut optimizer = AdamW::new(vars.iter().map(parameter).collect(), (0.9, 0.999), 1e-8)?;
+    let optimizer = AdamW::new(vars.iter().map(parameter).collect(), (0.9, 0.999), 1e-8)?;
     optimizer.step(&grads, 0.01, &norm, Some(1.0))?;
     let results = [&loss, &norm]
         .into_iter()
