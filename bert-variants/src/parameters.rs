@@ -69,7 +69,8 @@ pub(crate) struct Layout {
     pub init: Init,
 }
 
-/// All trainable weights of one model, f32, in a fixed order.
+/// All trainable weights of one model, f32, in a fixed order. A clone has the same variables.
+#[derive(Clone)]
 pub struct Parameters {
     vars: Vec<(String, Var)>,
     index: HashMap<String, usize>,

@@ -128,7 +128,7 @@ impl RunHeader {
     }
 
     /// Whether a run with this header may go on as one with `other`: only device, program version,
-    /// the place of the cache and activation checkpointing may differ.
+    /// the place of the cache, activation checkpointing and CUDA graphs may differ.
     ///
     /// # Errors
     /// Names every setting that differs.
@@ -141,6 +141,7 @@ impl RunHeader {
                 "code_version",
                 "train_config.data.cache_dir",
                 "train_config.train.gradient_checkpointing",
+                "train_config.train.cuda_graphs",
             ] {
                 settings.remove(key);
             }

@@ -1,5 +1,6 @@
 //! The training loop.
 
+mod graphs;
 mod learner;
 
 use std::path::{Path, PathBuf};
@@ -26,13 +27,15 @@ use crate::record::{
 use crate::schedule::{Decay, Schedule};
 use crate::tokenizer::Tokenizer;
 
+use learner::Core;
 pub(crate) use learner::explain_out_of_memory;
 pub use learner::{Learner, Update};
 
 /// Name of the checkpoint inside a run's folder.
 pub const CHECKPOINT_DIR: &str = "checkpoint";
 
-/// How a model is trained. All but `gradient_checkpointing` and the last three decide the result.
+/// How a model is trained. All but `gradient_checkpointing`, `cuda_graphs` and the last three decide the
+/// result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Training")]
@@ -76,6 +79,10 @@ pub struct TrainConfig {
     /// Keep of each layer its input alone for the backward pass, which runs the layer again.
     #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainConfig::default().gradient_checkpointing, num_args = 0..=1, default_missing_value = "true")]
     pub gradient_checkpointing: bool,
+    /// On a GPU, launch steps of few tokens as CUDA graphs where lengths of sequences come again and there
+    /// is no dropout.
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainConfig::default().cuda_graphs, num_args = 0..=1, default_missing_value = "true")]
+    pub cuda_graphs: bool,
     /// Arithmetic of the model; weights and optimizer are f32 always.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().dtype)]
     pub dtype: Precision,
@@ -106,6 +113,7 @@ impl Default for TrainConfig {
             adam_epsilon: 1e-6,
             max_grad_norm: 1.0,
             gradient_checkpointing: false,
+            cuda_graphs: true,
             dtype: Precision::F32,
             log_every: 10,
             eval_every: 100,
@@ -296,11 +304,11 @@ impl Trainer {
         };
         let mut learner = Learner::new(config, model_config, parameters, seed)?;
         if found {
-            let Learner {
+            let Core {
                 parameters,
                 optimizer,
                 ..
-            } = &mut learner;
+            } = &mut learner.core;
             checkpoint::read_optimizer(&checkpoint, parameters, optimizer, &progress)?;
         }
         let writer = if resume {
@@ -341,7 +349,7 @@ impl Trainer {
     pub fn train(&mut self, data: &RunData, stop: &AtomicBool) -> Result<Outcome> {
         let passes = self.config.gradient_accumulation;
         let schedule = self.config.schedule();
-        let device = self.learner.parameters.device().clone();
+        let device = self.learner.core.parameters.device().clone();
         let bar = progress_bar(&self.config, self.progress.step);
         if self.progress.step == 0 {
             self.evaluate(&data.eval, &bar)?;
@@ -390,7 +398,7 @@ impl Trainer {
         let now = self.profile_in == Some(0);
         self.profile_in = self.profile_in.and_then(|steps| steps.checked_sub(1));
         Ok(match now {
-            true => Some(Profile::start(self.learner.parameters.device())?),
+            true => Some(Profile::start(self.learner.core.parameters.device())?),
             false => None,
         })
     }
@@ -442,7 +450,7 @@ impl Trainer {
             return Ok(());
         }
         let mut bad = Vec::new();
-        let trained = self.learner.parameters.trained();
+        let trained = self.learner.core.parameters.trained();
         for ((name, _), gradient) in trained.zip(&update.gradients) {
             if !global_norm(std::slice::from_ref(gradient))?
                 .to_scalar::<f32>()?
@@ -500,7 +508,12 @@ impl Trainer {
     /// The model without dropout.
     fn evaluation_model(&self) -> Result<LanguageModel> {
         let dtype = self.config.dtype.dtype();
-        LanguageModel::new(&self.model_config, &self.learner.parameters, false, dtype)
+        LanguageModel::new(
+            &self.model_config,
+            &self.learner.core.parameters,
+            false,
+            dtype,
+        )
     }
 
     /// Writes loss and accuracy on held-out text.
@@ -570,9 +583,9 @@ impl Trainer {
         checkpoint::save_training(
             &self.checkpoint,
             &self.model_config,
-            &self.learner.parameters,
+            &self.learner.core.parameters,
             &self.tokenizer,
-            &self.learner.optimizer,
+            &self.learner.core.optimizer,
             &self.progress,
             &self.card,
         )?;

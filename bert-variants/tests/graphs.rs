@@ -1,12 +1,15 @@
-//! Passes launched as CUDA graphs compute the same bits as those launched kernel by kernel. Needs a GPU.
+//! Passes and training steps launched as CUDA graphs compute what those launched kernel by kernel do. Needs
+//! a GPU.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Result, ensure};
 use bert_variants::config::{BertConfig, ModelType};
+use bert_variants::data::Batch;
 use bert_variants::model::{LanguageModel, MAX_GRAPHS, Tokens};
 use bert_variants::parameters::Parameters;
+use bert_variants::train::{Learner, Precision, TrainConfig};
 use candle_core::{DType, Device, Tensor};
 use candle_rope_attn::{CudaMemory, cuda_device};
 use clap::ValueEnum;
@@ -73,8 +76,8 @@ fn every_variant_computes_the_same_bits() -> Result<()> {
                     cu_seqlens,
                     token_type_ids: None,
                 };
-                // As many as one likes.
-                let positions: Vec<u32> = (0..=seed).collect();
+                // In any order.
+                let positions = [32 - seed, seed, seed, 0];
                 let expected = bits(&eager.logits(&tokens, &positions, None)?)?;
                 let got = bits(&graphs.logits(&tokens, &positions, None)?)?;
                 let name = format!("{} {dtype:?}, pass {seed}", model_type.name());
@@ -174,4 +177,67 @@ fn threads_do_not_disturb_each_other() -> Result<()> {
             .into_iter()
             .try_for_each(|thread| thread.join().expect("no panic"))
     })
+}
+
+/// Losses and gradient norms of steps of two batches, whose lengths come again and numbers of labels do not,
+/// and then all weights.
+fn train(
+    model_type: ModelType,
+    dtype: Precision,
+    cuda_graphs: bool,
+    device: &Device,
+) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
+    let config = BertConfig::new(model_type, VOCAB as usize, 2, 128, 2, 64);
+    let settings = TrainConfig {
+        dtype,
+        cuda_graphs,
+        ..TrainConfig::default()
+    };
+    let parameters = Parameters::init(&config, 1, device)?;
+    let mut learner = Learner::new(&settings, &config, parameters.clone(), 1)?;
+    let mut numbers = Vec::new();
+    for step in 0..8u32 {
+        let batches = [40, 33].map(|len| {
+            let input_ids = ids(len, step);
+            let label_positions: Vec<u32> = (1..=3 + step * 2).rev().collect();
+            let labels = label_positions.iter().map(|at| input_ids[*at as usize]);
+            Batch {
+                labels: labels.collect(),
+                cu_seqlens: vec![0, 5, len],
+                label_positions,
+                input_ids,
+            }
+        });
+        let lr = 1e-3 * f64::from(1 + step);
+        let update = learner.step(&batches, step.into(), lr)?;
+        numbers.extend([update.loss, update.grad_norm]);
+    }
+    let numbers: Result<Vec<f32>> = numbers.iter().map(|x| Ok(x.to_scalar()?)).collect();
+    let weights = parameters.vars().iter().map(|(_, var)| bits(var));
+    Ok((numbers?, weights.collect::<Result<_>>()?))
+}
+
+#[test]
+fn steps_are_those_of_kernel_by_kernel() -> Result<()> {
+    let Some((device, _turn)) = gpu()? else {
+        return Ok(());
+    };
+    for model_type in ModelType::value_variants() {
+        for (dtype, bound) in [(Precision::F32, 1e-4), (Precision::Bf16, 2e-2)] {
+            let name = format!("{} {dtype:?}", model_type.name());
+            let run = |cuda_graphs| train(*model_type, dtype, cuda_graphs, &device);
+            let (graphs, eager) = (run(true)?, run(false)?);
+            ensure!(graphs == run(true)?, "{name}: another run has other bits");
+            for (i, (got, expected)) in graphs.0.iter().zip(&eager.0).enumerate() {
+                let far = (got - expected).abs() > bound * expected.abs();
+                ensure!(!far, "{name}, number {i}: got {got}, expected {expected}");
+            }
+            let first = &eager.0[..2];
+            ensure!(
+                eager.0.chunks(2).skip(1).all(|step| step != first),
+                "{name}: nothing is learnt"
+            );
+        }
+    }
+    Ok(())
 }

@@ -68,7 +68,7 @@ pub struct MeasureConfig {
     /// Keep of each layer its input alone for the backward pass, which runs the layer again.
     #[arg(long)]
     pub gradient_checkpointing: bool,
-    /// Launch the kernels of inference one by one instead of as a CUDA graph.
+    /// Launch kernels one by one instead of as a CUDA graph.
     #[arg(long)]
     pub no_graphs: bool,
     /// Batches before the clock starts.
@@ -309,7 +309,7 @@ impl Bench<'_> {
             speedup: padded_ms.map(|padded_ms| padded_ms / ms),
             dtype,
             device: device_name(&self.device)?,
-            graphs: self.graphs(job.pass)
+            graphs: self.graphs()
                 && (batches.iter()).all(|batch| batch.input_ids.len() <= MAX_GRAPH_TOKENS),
         })
     }
@@ -356,6 +356,7 @@ impl Bench<'_> {
         let config = TrainConfig {
             dtype,
             gradient_checkpointing,
+            cuda_graphs: self.graphs(),
             ..TrainConfig::default()
         };
         let seed = self.config.input.seed;
@@ -374,7 +375,7 @@ impl Bench<'_> {
         let parameters = Parameters::init(model, self.config.input.seed, &self.device)?;
         let dtype = self.config.measure.dtype.dtype();
         let mut model = LanguageModel::new(model, &parameters, false, dtype)?;
-        if self.graphs(Pass::Infer) {
+        if self.graphs() {
             model = model.with_graphs();
         }
         Ok(Box::new(move |batch| {
@@ -382,11 +383,10 @@ impl Bench<'_> {
         }))
     }
 
-    fn graphs(&self, pass: Pass) -> bool {
+    fn graphs(&self) -> bool {
         // Of batches of ever new lengths, each would be captured in the second of its two passes.
         let lengths_come_again = !self.input.is_ragged();
-        let asked = lengths_come_again && !self.config.measure.no_graphs;
-        pass == Pass::Infer && self.device.is_cuda() && asked
+        lengths_come_again && !self.config.measure.no_graphs && self.device.is_cuda()
     }
 
     /// Seconds of a batch: the median over rounds of `steps` batches, after each of which the

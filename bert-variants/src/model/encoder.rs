@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{cast, checkpoint, dropout, embedding_sum, gather_rows, upload};
+use candle_rope_attn::ops::{
+    cast, checkpoint, dropout, embedding_sum, gather_rows, overwrite, upload,
+};
 use candle_rope_attn::{AttentionSpec, Dropout, Sequences, attention_qkvpacked_with_bias};
 
 use super::graphs::Graphs;
@@ -187,32 +189,70 @@ impl Encoder {
         rows: Option<&[u32]>,
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        tokens.check(&self.stack.config)?;
-        if let Some(rows) = rows {
-            check_ids("position", rows, tokens.ids.len(), "number of tokens")?;
-        }
+        self.check(tokens, rows)?;
         if let (Some(graphs), None) = (&self.graphs, dropout_seed)
             && let Some(hidden) = graphs.forward(&self.stack, tokens, rows)
         {
             return Ok(hidden);
         }
-        let inputs = self.stack.upload(tokens, rows)?;
-        self.stack
-            .forward(&inputs, dropout_seed, self.checkpointing)
+        self.forward_inputs(&self.stack.upload(tokens, rows)?, dropout_seed)
+    }
+
+    fn check(&self, tokens: &Tokens, rows: Option<&[u32]>) -> Result<()> {
+        tokens.check(&self.stack.config)?;
+        let count = tokens.ids.len();
+        rows.map_or(Ok(()), |rows| {
+            check_ids("position", rows, count, "number of tokens")
+        })
+    }
+
+    /// What [`Self::forward_inputs`] takes for the hidden states of some tokens.
+    pub(super) fn upload(&self, tokens: &Tokens, rows: &[u32]) -> Result<Inputs> {
+        self.check(tokens, Some(rows))?;
+        self.stack.upload(tokens, Some(rows))
+    }
+
+    /// Puts other tokens with the same `cu_seqlens` and number of rows in the place of those uploaded.
+    pub(super) fn overwrite(&self, to: &Inputs, tokens: &Tokens, rows: &[u32]) -> Result<()> {
+        self.check(tokens, Some(rows))?;
+        to.overwrite(tokens, Some(rows))
+    }
+
+    /// As [`Self::hidden`].
+    pub(super) fn forward_inputs(
+        &self,
+        inputs: &Inputs,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        self.stack.forward(inputs, dropout_seed, self.checkpointing)
     }
 }
 
-/// Tokens that were checked, on the device of a model.
+/// Tokens that were checked, on the device of a model. A clone has the same tensors.
 #[derive(Clone)]
 pub(super) struct Inputs {
     pub ids: Tensor,
     /// In a model with segments.
-    pub token_type_ids: Option<Tensor>,
+    token_type_ids: Option<Tensor>,
     /// In a model with a table of positions.
     positions: Option<Tensor>,
     /// Tokens that are asked for, if not all.
-    pub rows: Option<Tensor>,
+    rows: Option<Tensor>,
     sequences: Sequences,
+}
+
+impl Inputs {
+    /// Puts in other tokens with the same `cu_seqlens` and number of rows.
+    pub fn overwrite(&self, tokens: &Tokens, rows: Option<&[u32]>) -> Result<()> {
+        overwrite(&self.ids, tokens.ids)?;
+        if let (Some(to), Some(types)) = (&self.token_type_ids, tokens.token_type_ids) {
+            overwrite(to, types)?;
+        }
+        if let (Some(to), Some(rows)) = (&self.rows, rows) {
+            overwrite(to, rows)?;
+        }
+        Ok(())
+    }
 }
 
 /// What an [`Encoder`] computes with.

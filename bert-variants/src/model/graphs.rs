@@ -6,7 +6,6 @@ use std::thread::{self, ThreadId};
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_rope_attn::Graph;
-use candle_rope_attn::ops::overwrite;
 
 use super::encoder::{Inputs, Stack, Tokens};
 
@@ -55,13 +54,7 @@ impl Pass {
         rows: Option<&[u32]>,
     ) -> Result<Tensor> {
         if let Some((graph, inputs)) = &mut self.captured {
-            overwrite(&inputs.ids, tokens.ids)?;
-            if let (Some(to), Some(types)) = (&inputs.token_type_ids, tokens.token_type_ids) {
-                overwrite(to, types)?;
-            }
-            if let (Some(to), Some(rows)) = (&inputs.rows, rows) {
-                overwrite(to, rows)?;
-            }
+            inputs.overwrite(tokens, rows)?;
             return Ok(graph.replay()?.clone());
         }
         let inputs = stack.upload(tokens, rows)?;

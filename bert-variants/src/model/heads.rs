@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Tensor};
-use candle_rope_attn::ops::{cast, cross_entropy, upload};
+use candle_rope_attn::ops::{IGNORED, cast, cross_entropy, overwrite, upload};
 
-use super::encoder::{Encoder, Tokens, check_ids};
+use super::encoder::{Encoder, Inputs, Tokens, check_ids};
 use super::layers::{LayerNorm, Linear, PassDropout, Weights, f32};
 use crate::config::{Activation, BertConfig, Pooling, ProblemType, Task};
 use crate::data::Batch;
@@ -170,8 +170,8 @@ impl LanguageModel {
         positions: &[u32],
         dropout_seed: Option<u64>,
     ) -> Result<Tensor> {
-        let x = self.decoder_input(tokens, positions, dropout_seed)?;
-        self.head.output.forward(&x)
+        let rows = self.encoder.hidden(tokens, Some(positions), dropout_seed)?;
+        self.head.forward(&rows, PassDropout { seed: dropout_seed })
     }
 
     /// Mean cross-entropy in nats over the labels of a batch, a scalar.
@@ -179,8 +179,43 @@ impl LanguageModel {
     /// # Errors
     /// As [`LanguageModel::logits`], and when the batch has no labels.
     pub fn loss(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let (x, labels) = self.decoder_input_and_labels(batch, dropout_seed)?;
-        self.head.output.cross_entropy(&x, &labels)
+        self.loss_of(&self.upload(batch, 1)?, dropout_seed)
+    }
+
+    /// What [`Self::loss_of`] takes. Labels that are [`IGNORED`] bring their number to a multiple of
+    /// `multiple`.
+    pub(crate) fn upload(&self, batch: &Batch, multiple: usize) -> Result<LabelledInputs> {
+        self.check_labels(batch)?;
+        let [positions, labels] = padded_labels(batch, multiple);
+        let inputs = self.encoder.upload(&batch.into(), &positions)?;
+        let labels = upload(&labels, inputs.ids.device())?;
+        Ok(LabelledInputs { inputs, labels })
+    }
+
+    /// Puts another batch with the same `cu_seqlens` and padded number of labels in the place of one.
+    pub(crate) fn overwrite(
+        &self,
+        to: &LabelledInputs,
+        batch: &Batch,
+        multiple: usize,
+    ) -> Result<()> {
+        self.check_labels(batch)?;
+        let [positions, labels] = padded_labels(batch, multiple);
+        self.encoder
+            .overwrite(&to.inputs, &batch.into(), &positions)?;
+        Ok(overwrite(&to.labels, &labels)?)
+    }
+
+    /// As [`Self::loss`]; ignored labels count in the mean with a loss of 0.
+    pub(crate) fn loss_of(
+        &self,
+        batch: &LabelledInputs,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let rows = self.encoder.forward_inputs(&batch.inputs, dropout_seed)?;
+        let dropout = PassDropout { seed: dropout_seed };
+        let x = self.head.transform(&rows, dropout)?;
+        self.head.output.cross_entropy(&x, &batch.labels)
     }
 
     /// Loss and accuracy over all labels of `batches`, without dropout.
@@ -191,8 +226,9 @@ impl LanguageModel {
         let (mut loss, mut right) = (0.0, 0.0);
         let (mut tokens, mut labels) = (0, 0);
         for batch in batches {
-            let (x, expected) = self.decoder_input_and_labels(batch, None)?;
-            let logits = self.head.output.forward(&x)?;
+            self.check_labels(batch)?;
+            let logits = self.logits(&batch.into(), &batch.label_positions, None)?;
+            let expected = upload(&batch.labels, logits.device())?;
             let count = batch.labels.len();
             let mean: f32 = cross_entropy(&logits, &expected)?.to_scalar()?;
             loss += f64::from(mean) * count as f64;
@@ -215,38 +251,31 @@ impl LanguageModel {
         })
     }
 
-    /// What the decoder takes at the given tokens.
-    fn decoder_input(
-        &self,
-        tokens: &Tokens,
-        positions: &[u32],
-        dropout_seed: Option<u64>,
-    ) -> Result<Tensor> {
-        let rows = self.encoder.hidden(tokens, Some(positions), dropout_seed)?;
-        self.head
-            .transform(&rows, PassDropout { seed: dropout_seed })
-    }
-
-    /// What the decoder takes, and labels, at the label positions of a batch.
-    fn decoder_input_and_labels(
-        &self,
-        batch: &Batch,
-        dropout_seed: Option<u64>,
-    ) -> Result<(Tensor, Tensor)> {
+    fn check_labels(&self, batch: &Batch) -> Result<()> {
         ensure!(
             !batch.labels.is_empty(),
             "the batch has no labels: no token was masked; raise the mask rate or the batch size"
         );
-        check_ids(
-            "label",
-            &batch.labels,
-            self.encoder.config().vocab_size,
-            "vocab_size",
-        )?;
-        let x = self.decoder_input(&batch.into(), &batch.label_positions, dropout_seed)?;
-        let labels = upload(&batch.labels, x.device())?;
-        Ok((x, labels))
+        let vocab_size = self.encoder.config().vocab_size;
+        check_ids("label", &batch.labels, vocab_size, "vocab_size")
     }
+}
+
+/// A batch on the device of a model. A clone has the same tensors.
+#[derive(Clone)]
+pub(crate) struct LabelledInputs {
+    inputs: Inputs,
+    pub labels: Tensor,
+}
+
+/// Positions and labels of a batch, with as many ignored ones as bring them to a multiple.
+fn padded_labels(batch: &Batch, multiple: usize) -> [Vec<u32>; 2] {
+    let count = batch.labels.len().next_multiple_of(multiple);
+    [(&batch.label_positions, 0), (&batch.labels, IGNORED)].map(|(values, padding)| {
+        let mut values = values.clone();
+        values.resize(count, padding);
+        values
+    })
 }
 
 /// What a classifier learns, one entry a row of its scores.

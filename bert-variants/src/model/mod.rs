@@ -8,7 +8,7 @@ mod graphs;
 mod heads;
 mod layers;
 
-pub(crate) use heads::classification_loss;
+pub(crate) use heads::{LabelledInputs, classification_loss};
 
 pub use encoder::{Encoder, Tokens};
 pub use graphs::{MAX_GRAPH_TOKENS, MAX_GRAPHS};

@@ -1,23 +1,48 @@
 //! One step of training.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::Tensor;
-use candle_rope_attn::ops::{AdamW, Gradients, Tape, global_norm};
+use candle_rope_attn::ops::{AdamW, Gradients, Profile, Tape, global_norm};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::TrainConfig;
-use crate::config::BertConfig;
+use super::graphs::StepGraphs;
+use crate::config::{BertConfig, Dropouts};
 use crate::data::Batch;
-use crate::model::LanguageModel;
+use crate::model::{LabelledInputs, LanguageModel, MAX_GRAPH_TOKENS};
 use crate::parameters::Parameters;
 
 /// A model with its optimizer.
 pub struct Learner {
-    pub(crate) parameters: Parameters,
-    pub(crate) optimizer: AdamW,
-    model: LanguageModel,
-    max_grad_norm: f64,
+    pub(crate) core: Core,
+    /// Of steps, unless they have dropout, of which every step has another seed.
+    graphs: Option<StepGraphs>,
     seed: u64,
+}
+
+/// What a step computes with. A clone has the same tensors.
+#[derive(Clone)]
+pub(crate) struct Core {
+    pub parameters: Parameters,
+    pub optimizer: AdamW,
+    pub model: Arc<LanguageModel>,
+    max_grad_norm: f64,
+}
+
+/// A batch of a step.
+pub(super) struct Pass {
+    pub inputs: LabelledInputs,
+    pub dropout_seed: Option<u64>,
+    pub share: Share,
+}
+
+/// Of its mean loss in that of the step.
+pub(super) enum Share {
+    Number(f64),
+    /// An f32 scalar.
+    OnDevice(Tensor),
 }
 
 /// What a step computed, on the device.
@@ -26,7 +51,8 @@ pub struct Update {
     pub loss: Tensor,
     /// Norm of all gradients before they were clipped, a scalar.
     pub grad_norm: Tensor,
-    /// Gradients of the trained parameters in their order, not clipped.
+    /// Gradients of the trained parameters in their order, not clipped; none of a step that may be
+    /// launched as a CUDA graph.
     pub gradients: Vec<Tensor>,
 }
 
@@ -43,12 +69,18 @@ impl Learner {
     ) -> Result<Self> {
         let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?
             .with_checkpointing(config.gradient_checkpointing);
+        let graphs = config.cuda_graphs
+            && parameters.device().is_cuda()
+            && model_config.dropout == Dropouts::default();
         Ok(Self {
-            model,
-            // After the model, which says which weights are rounded.
-            optimizer: config.optimizer(&parameters)?,
-            parameters,
-            max_grad_norm: config.max_grad_norm,
+            core: Core {
+                model: Arc::new(model),
+                // After the model, which says which weights are rounded.
+                optimizer: config.optimizer(&parameters)?,
+                parameters,
+                max_grad_norm: config.max_grad_norm,
+            },
+            graphs: graphs.then(StepGraphs::default),
             seed,
         })
     }
@@ -59,34 +91,61 @@ impl Learner {
     /// # Errors
     /// When memory runs out, or a batch does not fit the model.
     pub fn step(&mut self, batches: &[Batch], step: u64, lr: f64) -> Result<Update> {
-        let (loss, gradients) = self
-            .gradients(batches, step)
-            .map_err(explain_out_of_memory)?;
+        self.core.optimizer.set_lr(lr)?;
+        let tokens: usize = batches.iter().map(|batch| batch.input_ids.len()).sum();
+        let update = match &mut self.graphs {
+            Some(graphs) if tokens <= MAX_GRAPH_TOKENS && !Profile::is_running() => {
+                graphs.step(&self.core, batches)
+            }
+            _ => self
+                .passes(batches, step)
+                .and_then(|passes| self.core.step(&passes)),
+        };
+        update.map_err(explain_out_of_memory)
+    }
+
+    fn passes(&self, batches: &[Batch], step: u64) -> Result<Vec<Pass>> {
+        let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
+        let passes = (0u64..).zip(batches).map(|(pass, batch)| {
+            let place = [step.to_le_bytes(), pass.to_le_bytes()].concat();
+            Ok(Pass {
+                inputs: self.core.model.upload(batch, 1)?,
+                dropout_seed: Some(xxh3_64_with_seed(&place, self.seed)),
+                share: Share::Number(batch.labels.len() as f64 / labels as f64),
+            })
+        });
+        passes.collect()
+    }
+}
+
+impl Core {
+    /// One update by the gradients of all passes, at the optimizer's learning rate.
+    pub(super) fn step(&self, passes: &[Pass]) -> Result<Update> {
+        let mut gradients = Gradients::default();
+        let mut losses = Vec::with_capacity(passes.len());
+        for pass in passes {
+            let loss = || self.model.loss_of(&pass.inputs, pass.dropout_seed);
+            let (loss, tape) = Tape::record(loss)?;
+            losses.push(match &pass.share {
+                Share::Number(share) => {
+                    tape.backward(&loss, *share, &mut gradients)?;
+                    (loss.detach() * *share)?
+                }
+                Share::OnDevice(share) => {
+                    tape.backward_from(&loss, share, &mut gradients)?;
+                    (loss.detach() * share)?
+                }
+            });
+        }
+        let gradients = self.parameters.gradients(&mut gradients)?;
         let grad_norm = global_norm(&gradients)?;
         self.optimizer
-            .step(&gradients, lr, &grad_norm, Some(self.max_grad_norm))?;
+            .update(&gradients, &grad_norm, Some(self.max_grad_norm))?;
         Ok(Update {
-            loss,
+            loss: Tensor::stack(&losses, 0)?.sum(0)?,
             grad_norm,
             gradients,
         })
-    }
-
-    /// Mean loss over all labels of the batches, and its gradient for every parameter.
-    fn gradients(&self, batches: &[Batch], step: u64) -> Result<(Tensor, Vec<Tensor>)> {
-        let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
-        let mut gradients = Gradients::default();
-        let mut losses = Vec::with_capacity(batches.len());
-        for (pass, batch) in (0u64..).zip(batches) {
-            let place = [step.to_le_bytes(), pass.to_le_bytes()].concat();
-            let dropout_seed = xxh3_64_with_seed(&place, self.seed);
-            let share = batch.labels.len() as f64 / labels as f64;
-            let (loss, tape) = Tape::record(|| self.model.loss(batch, Some(dropout_seed)))?;
-            tape.backward(&loss, share, &mut gradients)?;
-            losses.push((loss.detach() * share)?);
-        }
-        let gradients = self.parameters.gradients(&mut gradients)?;
-        Ok((Tensor::stack(&losses, 0)?.sum(0)?, gradients))
     }
 }
 
@@ -128,13 +187,13 @@ mod tests {
             let logits = model.logits(&(&batch).into(), &batch.label_positions, None)?;
             Ok(logits.to_dtype(DType::F32)?.to_vec2()?)
         };
-        let before = scores(&learner.parameters)?;
+        let before = scores(&learner.core.parameters)?;
         for step in 0..2 {
             learner.step(std::slice::from_ref(&batch), step, 0.1)?;
         }
         let fresh = Parameters::init(&config, 2, &device)?;
-        fresh.assign(&learner.parameters.copy()?)?;
-        let after = scores(&learner.parameters)?;
+        fresh.assign(&learner.core.parameters.copy()?)?;
+        let after = scores(&learner.core.parameters)?;
         assert_eq!(after, scores(&fresh)?);
         assert_ne!(after, before);
         Ok(())
