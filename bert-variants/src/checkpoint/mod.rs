@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use candle_rope_attn::ops::{AdamW, AdamWState};
 
 pub use card::ModelCard;
@@ -42,15 +42,11 @@ pub(crate) fn save_training(
     progress: &Progress,
     card: &ModelCard,
 ) -> Result<()> {
-    let mut moments = Vec::new();
-    for ((name, _), (first, second)) in parameters.vars().iter().zip(optimizer.state()?.moments) {
-        moments.push((format!("{name}.exp_avg"), first));
-        moments.push((format!("{name}.exp_avg_sq"), second));
-    }
+    let moments = named_moments(parameters, optimizer.state()?.moments);
     write_dir(dir, |dir| {
         write_model(dir, config, parameters, card)?;
         tokenizer.save(dir)?;
-        write_safetensors(&dir.join(OPTIMIZER), moments)?;
+        write_safetensors(&dir.join(OPTIMIZER), moments.collect())?;
         fs::write(dir.join(TRAINER), serde_json::to_vec_pretty(progress)?)?;
         Ok(())
     })
@@ -88,22 +84,37 @@ pub(crate) fn read_optimizer(
 ) -> Result<()> {
     let path = dir.join(OPTIMIZER);
     let mut tensors = WeightFiles::open(&path)?;
-    let mut take = |name: String| {
+    let moments = read_moments(parameters, |name, _| {
         let belongs = || format!("{} belongs to another model", path.display());
-        tensors
-            .read(&name, parameters.device())
-            .with_context(belongs)
-    };
-    let mut moments = Vec::new();
-    for (name, _) in parameters.vars() {
-        moments.push((
-            take(format!("{name}.exp_avg"))?,
-            take(format!("{name}.exp_avg_sq"))?,
-        ));
-    }
+        (tensors.read(name, parameters.device())).with_context(belongs)
+    })?;
     let steps = u32::try_from(progress.step).context("too many steps")?;
     optimizer.load_state(&AdamWState { steps, moments })?;
     Ok(())
+}
+
+/// What the moments of a parameter are called in a file, after its name.
+const MOMENTS: [&str; 2] = [".exp_avg", ".exp_avg_sq"];
+
+/// The moments of the trained parameters with their names in a file.
+pub(crate) fn named_moments(
+    parameters: &Parameters,
+    moments: Vec<(Tensor, Tensor)>,
+) -> impl Iterator<Item = (String, Tensor)> {
+    let names =
+        (parameters.trained()).flat_map(|(name, _)| MOMENTS.map(|end| format!("{name}{end}")));
+    names.zip(moments.into_iter().flat_map(<[_; 2]>::from))
+}
+
+/// The moments of the trained parameters from `read`, which takes a name and a tensor of the same shape.
+pub(crate) fn read_moments(
+    parameters: &Parameters,
+    mut read: impl FnMut(&str, &Tensor) -> Result<Tensor>,
+) -> Result<Vec<(Tensor, Tensor)>> {
+    let mut read = |name, end, var| read(&format!("{name}{end}"), var);
+    let moments = (parameters.trained())
+        .map(|(name, var)| Ok((read(name, MOMENTS[0], var)?, read(name, MOMENTS[1], var)?)));
+    moments.collect()
 }
 
 /// The checkpoint directory `dir`, if there is one; also where a killed process was about to give

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::optimizer::LayerwiseAdamW;
 use super::records::Evaluation;
 use crate::checkpoint::{WeightFiles, find_training, write_dir, write_safetensors};
+use crate::checkpoint::{named_moments, read_moments};
 use crate::parameters::Parameters;
 
 /// Beside the records of the run.
@@ -87,10 +88,7 @@ impl Stopped {
         for (name, var) in parameters.vars() {
             tensors.push((name.clone(), var.as_detached_tensor()));
         }
-        for ((name, _), (first, second)) in parameters.trained().zip(moments) {
-            tensors.push((format!("{name}.exp_avg"), first));
-            tensors.push((format!("{name}.exp_avg_sq"), second));
-        }
+        tensors.extend(named_moments(parameters, moments));
         if let Some((_, weights)) = &history.best {
             for ((name, _), weight) in parameters.vars().iter().zip(weights) {
                 tensors.push((format!("{name}.best"), weight.clone()));
@@ -138,8 +136,8 @@ impl Stopped {
     ) -> Result<History> {
         let path = dir.join(DIR).join(TENSORS);
         let mut files = WeightFiles::open(&path)?;
-        let mut read = |name: String, like: &Tensor| -> Result<Tensor> {
-            let found = files.read(&name, parameters.device());
+        let mut read = |name: &str, like: &Tensor| -> Result<Tensor> {
+            let found = files.read(name, parameters.device());
             let found = found.with_context(|| damaged(&path))?;
             ensure!(
                 found.shape() == like.shape(),
@@ -153,7 +151,7 @@ impl Stopped {
         };
         let mut all = |suffix: &str| -> Result<Vec<Tensor>> {
             let vars = parameters.vars().iter();
-            vars.map(|(name, var)| read(format!("{name}{suffix}"), var))
+            vars.map(|(name, var)| read(&format!("{name}{suffix}"), var))
                 .collect()
         };
         parameters.assign(&all("")?)?;
@@ -161,14 +159,8 @@ impl Stopped {
             Some(best) => Some((best, all(".best")?)),
             None => None,
         };
-        let moments = parameters.trained().map(|(name, var)| {
-            let first = read(format!("{name}.exp_avg"), var)?;
-            Ok((first, read(format!("{name}.exp_avg_sq"), var)?))
-        });
-        optimizer.load_state(&AdamWState {
-            steps: self.updates,
-            moments: moments.collect::<Result<_>>()?,
-        })?;
+        let (steps, moments) = (self.updates, read_moments(parameters, read)?);
+        optimizer.load_state(&AdamWState { steps, moments })?;
         Ok(History {
             best,
             worse: self.worse,
