@@ -293,7 +293,7 @@ impl Trainer {
             read_run(dir)?.header.check_resumable_as(header)?;
         }
         let checkpoint = dir.join(CHECKPOINT_DIR);
-        let found = resume && checkpoint::find_training(&checkpoint)?;
+        let found = resume && checkpoint::find_dir(&checkpoint)?;
         let (parameters, progress) = if found {
             checkpoint::read_training(&checkpoint, model_config, device)?
         } else {

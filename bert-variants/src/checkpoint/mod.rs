@@ -117,9 +117,9 @@ pub(crate) fn read_moments(
     moments.collect()
 }
 
-/// The checkpoint directory `dir`, if there is one; also where a killed process was about to give
-/// a new one its name.
-pub(crate) fn find_training(dir: &Path) -> Result<bool> {
+/// Whether there is a directory `dir`, as [`write_dir`] writes it: also where a killed process had taken
+/// the name from an earlier one, which then gets it back.
+pub(crate) fn find_dir(dir: &Path) -> Result<bool> {
     let old = old_name(dir);
     if !dir.exists() && old.exists() {
         fs::rename(&old, dir).with_context(|| format!("cannot restore {}", dir.display()))?;

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::optimizer::LayerwiseAdamW;
 use super::records::Evaluation;
-use crate::checkpoint::{WeightFiles, find_training, write_dir, write_safetensors};
-use crate::checkpoint::{named_moments, read_moments};
+use crate::checkpoint::{WeightFiles, find_dir, named_moments, read_moments};
+use crate::checkpoint::{write_dir, write_safetensors};
 use crate::parameters::Parameters;
 
 /// Beside the records of the run.
@@ -111,7 +111,7 @@ impl Stopped {
     /// The state in the folder of a run, if it was stopped, when there were as many `texts`.
     pub fn find(dir: &Path, texts: usize) -> Result<Option<Self>> {
         let dir = dir.join(DIR);
-        if !find_training(&dir)? {
+        if !find_dir(&dir)? {
             return Ok(None);
         }
         let path = dir.join(STATE);
@@ -170,7 +170,7 @@ impl Stopped {
     /// Removes the state of a run that has ended, or begins.
     pub fn remove(dir: &Path) -> Result<()> {
         let dir = dir.join(DIR);
-        if find_training(&dir)? {
+        if find_dir(&dir)? {
             fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
         Ok(())
