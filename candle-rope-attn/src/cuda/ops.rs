@@ -440,15 +440,15 @@ pub(crate) fn upload(device: &CudaDevice, values: &[u32]) -> Result<CudaStorage>
     })
 }
 
-/// Replaces the elements of a contiguous u32 tensor.
-pub(crate) fn overwrite(x: &mut CudaStorage, layout: &Layout, values: &[u32]) -> Result<()> {
+/// Replaces elements of a u32 tensor from `start` on.
+pub(crate) fn overwrite(x: &mut CudaStorage, start: usize, values: &[u32]) -> Result<()> {
     let device = x.device().clone();
-    match (&mut x.slice, layout.contiguous_offsets()) {
-        (CudaStorageSlice::U32(x), Some((start, end))) => {
-            copy(&device, values, &mut x.slice_mut(start..end))
-        }
-        _ => bail!("got a tensor of another dtype or with gaps, expected contiguous u32"),
-    }
+    let x = x.as_cuda_slice_mut()?;
+    copy(
+        &device,
+        values,
+        &mut x.slice_mut(start..start + values.len()),
+    )
 }
 
 /// The mean loss, and the log-sum-exp of the rows, f32 `[rows]`.

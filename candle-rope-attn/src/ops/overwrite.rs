@@ -49,17 +49,15 @@ impl InplaceOp1 for Overwrite<'_> {
     }
 
     fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        match (x, layout.contiguous_offsets()) {
-            (CpuStorage::U32(x), Some((start, end))) => {
-                x[start..end].copy_from_slice(self.0);
-                Ok(())
-            }
-            _ => bail!("got a tensor of another dtype or with gaps, expected contiguous u32"),
-        }
+        let CpuStorage::U32(x) = x else {
+            unreachable!("the dtype was checked")
+        };
+        x[layout.start_offset()..][..self.0.len()].copy_from_slice(self.0);
+        Ok(())
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        cuda::overwrite(x, layout, self.0)
+        cuda::overwrite(x, layout.start_offset(), self.0)
     }
 }
