@@ -287,8 +287,8 @@ impl Attention {
         }
     }
 
-    /// The layout of an input with all its axes.
-    fn layout(&self, layout: &Layout) -> Layout {
+    /// The layout of packed q, k and v with all its axes.
+    fn packed_layout(&self, layout: &Layout) -> Layout {
         let qkv = self.shape(&[3, self.spec.num_heads, self.spec.head_dim]);
         match self.flat {
             true => Layout::contiguous_with_offset(qkv, layout.start_offset()),
@@ -320,19 +320,14 @@ impl Attention {
         Ok(out)
     }
 
-    /// `inputs` are q, k and v, or the packed tensor.
+    /// `inputs` are q, k and v, or the packed tensor with all its axes.
     fn cpu_forward(
         &self,
         inputs: &[(&CpuStorage, &Layout)],
         weight: Option<&CpuStorage>,
     ) -> Result<(CpuStorage, Shape)> {
-        let layouts: Vec<_> = inputs
-            .iter()
-            .map(|(_, layout)| self.layout(layout))
-            .collect();
-        let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
         let out_layout = Layout::contiguous(self.heads_shape());
-        let (out, lse) = cpu::forward(&self.spec, &self.batch, &inputs, weight, &out_layout)?;
+        let (out, lse) = cpu::forward(&self.spec, &self.batch, inputs, weight, &out_layout)?;
         if let Some(saved) = &self.lse {
             let shape = self.batch.lse_shape(self.spec.num_heads);
             let lse = Tensor::from_vec(lse, shape, &Device::Cpu)?;
@@ -347,16 +342,11 @@ impl Attention {
         inputs: &[(&CudaStorage, &Layout)],
         weight: Option<&CudaStorage>,
     ) -> Result<(CudaStorage, Shape)> {
-        let layouts: Vec<_> = inputs
-            .iter()
-            .map(|(_, layout)| self.layout(layout))
-            .collect();
-        let inputs: Vec<_> = inputs.iter().map(|(x, _)| *x).zip(&layouts).collect();
         let out_layout = Layout::contiguous(self.heads_shape());
         let found = cuda::attention::forward(
             &self.spec,
             &self.batch,
-            &inputs,
+            inputs,
             weight,
             &out_layout,
             self.qk_rotated,
@@ -448,12 +438,12 @@ impl CustomOp1 for Attention {
     }
 
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu_forward(&[(qkv, layout)], None)
+        self.cpu_forward(&[(qkv, &self.packed_layout(layout))], None)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, qkv: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.cuda_forward(&[(qkv, layout)], None)
+        self.cuda_forward(&[(qkv, &self.packed_layout(layout))], None)
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, d_out: &Tensor) -> Result<Option<Tensor>> {
@@ -474,7 +464,7 @@ impl CustomOp2 for Attention {
         weight: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.cpu_forward(&[(qkv, layout)], Some(weight))
+        self.cpu_forward(&[(qkv, &self.packed_layout(layout))], Some(weight))
     }
 
     #[cfg(feature = "cuda")]
@@ -485,7 +475,7 @@ impl CustomOp2 for Attention {
         weight: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.cuda_forward(&[(qkv, layout)], Some(weight))
+        self.cuda_forward(&[(qkv, &self.packed_layout(layout))], Some(weight))
     }
 
     fn bwd(
