@@ -236,21 +236,27 @@ impl Gradients {
         self.0.insert(x.id(), grad);
     }
 
-    /// Adds to the gradient of x.
-    pub(crate) fn add(&mut self, x: &Tensor, grad: impl Into<Gradient>) -> Result<()> {
-        if x.track_op() {
-            self.add_id(x.id(), grad.into())?;
+    /// Adds to the gradient of x, if it leads to a variable.
+    pub(crate) fn add(&mut self, x: impl Into<Target>, grad: impl Into<Gradient>) -> Result<()> {
+        if let Target(Some(id)) = x.into() {
+            let (grad, before) = (grad.into(), self.0.remove(&id));
+            let sum = match before {
+                Some(before) => add_wider(before.value, grad.value)?.into(),
+                None => grad,
+            };
+            self.0.insert(id, sum);
         }
         Ok(())
     }
+}
 
-    fn add_id(&mut self, id: TensorId, grad: Gradient) -> Result<()> {
-        let sum = match self.0.remove(&id) {
-            Some(before) => add_wider(before.value, grad.value)?.into(),
-            None => grad,
-        };
-        self.0.insert(id, sum);
-        Ok(())
+/// A tensor to have a gradient, without its memory: for operations that need not know what it was.
+#[derive(Clone, Copy)]
+pub(crate) struct Target(Option<TensorId>);
+
+impl From<&Tensor> for Target {
+    fn from(x: &Tensor) -> Self {
+        Self(x.track_op().then(|| x.id()))
     }
 }
 

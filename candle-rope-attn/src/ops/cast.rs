@@ -8,7 +8,7 @@ use super::plain;
 use crate::cuda::ops as cuda;
 use crate::element::check_dtype;
 use crate::operand::{Locked, Operand};
-use crate::tape;
+use crate::tape::{self, Target};
 
 /// `x` in another dtype, contiguous; both are f32, bf16 or f16.
 ///
@@ -32,14 +32,14 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
         return Ok(plain(converted, x.shape()));
     }
     let y = tape::output(converted, x.shape());
-    let x = x.clone();
+    let (target, dtype) = (Target::from(x), x.dtype());
     tape::push(tape::CAST, &y, move |grad, gradients| {
         let grad = grad.value;
-        if grad.dtype() == x.dtype() {
-            return gradients.add(&x, grad);
+        if grad.dtype() == dtype {
+            return gradients.add(target, grad);
         }
-        let grad = convert(&grad.contiguous()?, x.dtype())?;
-        gradients.add(&x, plain(grad, x.shape()))
+        let converted = convert(&grad.contiguous()?, dtype)?;
+        gradients.add(target, plain(converted, grad.shape()))
     });
     Ok(y)
 }

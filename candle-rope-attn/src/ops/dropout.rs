@@ -16,7 +16,7 @@ use crate::element::{Element, check_dtype};
 use crate::operand::{Locked, Operand};
 use crate::philox::DropoutMask;
 use crate::spec::Dropout;
-use crate::tape;
+use crate::tape::{self, Target};
 
 /// Elements whose random words are drawn together.
 const LANES: usize = 64;
@@ -35,7 +35,16 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     if p == 0.0 {
         return Ok(x.clone());
     }
-    tape::apply1(DropElements(dropout), &x.contiguous()?)
+    let (drop, x) = (DropElements(dropout), x.contiguous()?);
+    if !tape::records(&[&x]) {
+        return x.apply_op1(drop);
+    }
+    let y = tape::run1(&drop, &x)?;
+    let x = Target::from(&x);
+    tape::push("dropout", &y, move |grad, gradients| {
+        gradients.add(x, grad.value.contiguous()?.apply_op1_no_bwd(&drop)?)
+    });
+    Ok(y)
 }
 
 /// `residual + dropout(x)`, of one shape and dtype. On a tape on a GPU it is rounded once, else after
@@ -53,10 +62,11 @@ pub fn dropout_add(x: &Tensor, p: f32, seed: u64, residual: &Tensor) -> Result<T
     let drop = DropElements(checked(x.dtype(), p, seed)?);
     let sum = drop.add(&x, &residual)?;
     let y = tape::output(sum, x.shape());
+    let [x, residual] = [&x, &residual].map(Target::from);
     tape::push("dropout_add", &y, move |grad, gradients| {
         let grad = grad.value.contiguous()?;
-        gradients.add(&x, grad.apply_op1_no_bwd(&drop)?)?;
-        gradients.add(&residual, grad)
+        gradients.add(x, grad.apply_op1_no_bwd(&drop)?)?;
+        gradients.add(residual, grad)
     });
     Ok(y)
 }
