@@ -14,7 +14,7 @@ use candle_rope_attn::{
     RopeScaling, Sequences, attention, attention_projected, attention_qkvpacked_with_bias,
     cuda_device, cuda_device_name,
 };
-use common::{devices, to_f64};
+use common::to_f64;
 
 /// One test at a time, as some measure memory.
 static TURN: Mutex<()> = Mutex::new(());
@@ -34,7 +34,7 @@ impl Deref for Gpu {
 
 fn gpu() -> Option<Gpu> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let device = devices().into_iter().find(Device::is_cuda)?;
+    let device = common::gpu()?;
     Some(Gpu {
         device,
         _turn: turn,

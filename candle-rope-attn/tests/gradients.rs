@@ -104,11 +104,7 @@ fn gradients(out: &Tensor, d_out: &Tensor, inputs: &[&Var]) -> Result<Vec<Vec<f6
 }
 
 fn randn(shape: &[usize], seed: u64) -> Result<Var> {
-    use rand::SeedableRng;
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let values = common::normal(&mut rng, shape.iter().product());
-    let values = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
-    Var::from_tensor(&values)
+    Var::from_tensor(&common::randn(shape, seed)?)
 }
 
 #[test]

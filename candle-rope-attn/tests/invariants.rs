@@ -7,18 +7,11 @@ use candle_rope_attn::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
     Sequences, Window, attention_qkvpacked,
 };
-use common::{Case, check_case, devices, fused, max_error, to_f64};
+use common::{Case, check_case, devices, fused, max_error, randn, to_f64};
 use proptest::prelude::*;
 
 const HEADS: usize = 2;
 const DIM: usize = 16;
-
-fn randn(shape: &[usize], seed: u64) -> Result<Tensor> {
-    use rand::SeedableRng;
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let values = common::normal(&mut rng, shape.iter().product());
-    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)
-}
 
 fn encodings() -> Result<Vec<PositionEncoding>> {
     let rope = |pairing| Rope::new(DIM, 10_000.0, pairing, RopeScaling::None);

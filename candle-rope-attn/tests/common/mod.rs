@@ -6,14 +6,16 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod naive;
+mod shared;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_rope_attn::{
     Alibi, AttentionSpec, Dropout, PositionEncoding, RelativeBias, Rope, RopePairing, RopeScaling,
-    Sequences, Window, attention_qkvpacked, attention_qkvpacked_with_bias, cuda_device, reference,
+    Sequences, Window, attention_qkvpacked, attention_qkvpacked_with_bias, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+pub use shared::*;
 
 /// A call of attention, without its tensors.
 #[derive(Debug, Clone)]
@@ -155,16 +157,16 @@ pub fn normal(rng: &mut impl Rng, len: usize) -> Vec<f64> {
     (0..len).map(|_| draw()).collect()
 }
 
+/// The same as an f32 tensor on the CPU.
+pub fn randn(shape: &[usize], seed: u64) -> Result<Tensor> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values = normal(&mut rng, shape.iter().product());
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)
+}
+
 /// The values that a dtype holds in their place.
 pub fn round(values: &[f64], dtype: DType) -> Result<Vec<f64>> {
     to_f64(&Tensor::from_slice(values, values.len(), &Device::Cpu)?.to_dtype(dtype)?)
-}
-
-pub fn to_f64(x: &Tensor) -> Result<Vec<f64>> {
-    x.to_device(&Device::Cpu)?
-        .to_dtype(DType::F64)?
-        .flatten_all()?
-        .to_vec1()
 }
 
 /// A call's output and gradients, flat.
@@ -554,14 +556,7 @@ fn features() -> Vec<(&'static str, Feature)> {
     ]
 }
 
-/// The CPU, and a GPU where there is one. With the environment variable `REQUIRE_CUDA` there must
-/// be.
+/// The CPU, and a GPU where there is one.
 pub fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::Cpu];
-    match cuda_device(0) {
-        Ok(device) => devices.push(device),
-        Err(error) if std::env::var_os("REQUIRE_CUDA").is_some() => panic!("{error}"),
-        Err(error) => println!("CUDA: skipped, {error}"),
-    }
-    devices
+    std::iter::once(Device::Cpu).chain(gpu()).collect()
 }

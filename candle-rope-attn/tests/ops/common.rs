@@ -1,10 +1,14 @@
 //! What the tests share: random tensors, and the comparison of an operation with its reference.
 
+#[path = "../common/shared.rs"]
+mod shared;
+
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_rope_attn::ops::{Gradients, Tape};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+pub use shared::*;
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
@@ -21,13 +25,7 @@ macro_rules! device_tests {
         mod cuda {
             $(#[test]
             fn $test() -> anyhow::Result<()> {
-                match candle_rope_attn::cuda_device(0) {
-                    Ok(device) => super::$test(&device),
-                    Err(error) => {
-                        println!("skipped: no CUDA device ({error})");
-                        Ok(())
-                    }
-                }
+                $crate::common::gpu().map_or(Ok(()), |device| super::$test(&device))
             })*
         }
     };
@@ -54,8 +52,7 @@ pub fn tensor(values: &[f64], shape: &[usize], dtype: DType, device: &Device) ->
 }
 
 pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
-    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-    Ok(tensor.flatten_all()?.to_vec1()?)
+    Ok(to_f64(tensor)?)
 }
 
 /// A differentiable argument of an operation.

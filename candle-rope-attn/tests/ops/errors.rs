@@ -7,23 +7,7 @@ use candle_rope_attn::ops::{
     global_norm, layer_norm, linear, linear_cross_entropy,
 };
 
-fn assert_error<T>(result: candle_core::Result<T>, parts: &[&str]) {
-    let Err(error) = result else {
-        panic!("expected an error with {parts:?}")
-    };
-    let error = error.to_string();
-    for part in parts {
-        assert!(error.contains(part), "{error:?} lacks {part:?}");
-    }
-}
-
-fn zeros(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::zeros(shape, dtype, &Device::Cpu).unwrap()
-}
-
-fn f32s(shape: &[usize]) -> Tensor {
-    zeros(shape, DType::F32)
-}
+use crate::common::{assert_error, f32s, zeros};
 
 #[test]
 fn dtypes() {
