@@ -1,41 +1,29 @@
 //! The report on fine-tuning runs that differ in seed, one HTML file.
 
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{Markup, html};
 
 use super::FinetuneConfig;
 use super::data::Dataset;
 use super::records::{Evaluation, SeedResult};
-use crate::report::{STYLE, Stat};
+use crate::report::{Stat, page, table};
 
 pub(super) fn render(config: &FinetuneConfig, dataset: &Dataset, results: &[SeedResult]) -> String {
     let title = format!("{} fine-tuned on {:?}", config.run.model, config.data.task);
     let settings = serde_json::to_string_pretty(config).unwrap_or_default();
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (title) }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                h1 { (title) }
-                p.note {
-                    (dataset.train.len()) " texts to train on"
-                    @for split in &dataset.evals { ", " (split.examples.len()) " in " (split.name) }
-                    ". The best evaluation of each seed counts."
-                }
-                h2 { "Results" }
-                div.wide { (results_table(results)) }
-                h2 { "Evaluations" }
-                div.wide { (evaluations_table(results)) }
-                h2 { "Settings" }
-                pre { (settings) }
-            }
+    let content = html! {
+        p.note {
+            (dataset.train.len()) " texts to train on"
+            @for split in &dataset.evals { ", " (split.examples.len()) " in " (split.name) }
+            ". The best evaluation of each seed counts."
         }
+        h2 { "Results" }
+        (results_table(results))
+        h2 { "Evaluations" }
+        (evaluations_table(results))
+        h2 { "Settings" }
+        pre { (settings) }
     };
-    page.into_string()
+    page(&title, &content)
 }
 
 /// A row for each metric of each split, a column for each seed.
@@ -62,24 +50,14 @@ fn results_table(results: &[SeedResult]) -> Markup {
     let mut rows: Vec<(String, Vec<f64>)> = rows.collect();
     let seconds = results.iter().map(|result| result.seconds_per_epoch);
     rows.push(("seconds per epoch".into(), seconds.collect()));
-    html! {
-        table {
-            thead { tr {
-                th scope="col" { "" }
-                th scope="col" { "mean ± sd" }
-                @for result in results { th scope="col" { "seed " (result.seed) } }
-            } }
-            tbody {
-                @for (title, values) in &rows {
-                    tr {
-                        td { (title) }
-                        td { (mean_and_deviation(values)) }
-                        @for value in values { td { (format!("{value:.4}")) } }
-                    }
-                }
-            }
-        }
-    }
+    let mut columns = vec![String::new(), "mean ± sd".into()];
+    columns.extend(results.iter().map(|result| format!("seed {}", result.seed)));
+    let cells = rows.into_iter().map(|(title, values)| {
+        let mut cells = vec![title, mean_and_deviation(&values)];
+        cells.extend(values.iter().map(|value| format!("{value:.4}")));
+        cells
+    });
+    table(&columns, &cells.collect::<Vec<_>>())
 }
 
 fn mean_and_deviation(values: &[f64]) -> String {
@@ -100,26 +78,13 @@ fn evaluations_table(results: &[SeedResult]) -> Markup {
             .collect::<Vec<_>>()
             .join(", ")
     };
-    html! {
-        table {
-            thead { tr {
-                th scope="col" { "seed" }
-                th scope="col" { "step" }
-                th scope="col" { "loss" }
-                th scope="col" { "metrics" }
-            } }
-            tbody {
-                @for result in results {
-                    @for evaluation in &result.evaluations {
-                        tr {
-                            td { (result.seed) }
-                            td { (evaluation.step) }
-                            td { (format!("{:.4}", evaluation.loss)) }
-                            td { (metrics(evaluation)) }
-                        }
-                    }
-                }
-            }
-        }
-    }
+    let rows = results.iter().flat_map(|result| {
+        result.evaluations.iter().map(|evaluation| {
+            let loss = format!("{:.4}", evaluation.loss);
+            let (seed, step) = (result.seed.to_string(), evaluation.step.to_string());
+            vec![seed, step, loss, metrics(evaluation)]
+        })
+    });
+    let columns = ["seed", "step", "loss", "metrics"].map(String::from);
+    table(&columns, &rows.collect::<Vec<_>>())
 }

@@ -6,7 +6,7 @@ use super::summary::Summary;
 use super::tables::{self, Table, objective_name};
 use crate::record::Run;
 
-pub(crate) const STYLE: &str = "
+const STYLE: &str = "
 body { font-family: system-ui, sans-serif; line-height: 1.45; color: #1a1a1a; background: #fff;
   max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
@@ -30,58 +30,73 @@ pub(super) struct Figure {
     pub svg: String,
 }
 
-pub(super) fn render(summary: &Summary, figures: &[Figure], runs: &[Run]) -> String {
+/// A page of that title, which needs no other file.
+pub(crate) fn page(title: &str, content: &Markup) -> String {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (summary.title) }
+                title { (title) }
                 style { (PreEscaped(STYLE)) }
             }
             body {
-                h1 { (summary.title) }
-                p.note { (runs.len()) " runs, " (summary.variants.len()) " pairs of variant and objective." }
-                @for warning in &summary.warnings {
-                    div.warning role="alert" { (warning) }
-                }
-                @for table in tables::all(summary) { (render_table(&table)) }
-                @if summary.claims.is_empty() {
-                    p.note { "No claims are judged: that takes a variant with learned absolute and one with rotary positions." }
-                }
-                @if summary.fairness.differences.is_empty() {
-                    p.note { "Fairness: the compared runs differ in position encoding and seed only." }
-                }
-                h2 { "Curves" }
-                @for figure in figures {
-                    figure {
-                        figcaption { strong { (figure.title) } " " span.note { (figure.legend) } }
-                        (PreEscaped(&figure.svg))
-                    }
-                }
-                h2 { "Runs" }
-                @for run in runs { (render_run(run)) }
+                h1 { (title) }
+                (content)
             }
         }
     };
     page.into_string()
 }
 
-fn render_table(table: &Table) -> Markup {
+/// Rows of cells below titles of columns.
+pub(crate) fn table(columns: &[String], rows: &[Vec<String>]) -> Markup {
     html! {
-        h2 { (table.title) }
-        p.note { (table.note) }
         div.wide {
             table {
-                thead { tr { @for column in &table.columns { th scope="col" { (column) } } } }
+                thead { tr { @for column in columns { th scope="col" { (column) } } } }
                 tbody {
-                    @for row in &table.rows {
+                    @for row in rows {
                         tr { @for cell in row { td { (cell) } } }
                     }
                 }
             }
         }
+    }
+}
+
+pub(super) fn render(summary: &Summary, figures: &[Figure], runs: &[Run]) -> String {
+    let content = html! {
+        p.note { (runs.len()) " runs, " (summary.variants.len()) " pairs of variant and objective." }
+        @for warning in &summary.warnings {
+            div.warning role="alert" { (warning) }
+        }
+        @for table in tables::all(summary) { (render_table(&table)) }
+        @if summary.claims.is_empty() {
+            p.note { "No claims are judged: that takes a variant with learned absolute and one with rotary positions." }
+        }
+        @if summary.fairness.differences.is_empty() {
+            p.note { "Fairness: the compared runs differ in position encoding and seed only." }
+        }
+        h2 { "Curves" }
+        @for figure in figures {
+            figure {
+                figcaption { strong { (figure.title) } " " span.note { (figure.legend) } }
+                (PreEscaped(&figure.svg))
+            }
+        }
+        h2 { "Runs" }
+        @for run in runs { (render_run(run)) }
+    };
+    page(&summary.title, &content)
+}
+
+fn render_table(found: &Table) -> Markup {
+    html! {
+        h2 { (found.title) }
+        p.note { (found.note) }
+        (table(&found.columns, &found.rows))
     }
 }
 

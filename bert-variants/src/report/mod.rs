@@ -18,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 
 pub use claims::{Claim, Verdict};
 pub use fairness::{ConfigDifference, Effect, Fairness};
-pub(crate) use html::STYLE;
+pub(crate) use html::{page, table};
 pub use stats::Stat;
 pub use summary::{
     Difference, EvalStats, GradientNorm, LengthStats, Reading, Summary, Threshold, VariantSummary,
