@@ -8,6 +8,24 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::text::Text;
+use crate::train::Precision;
+
+/// A model, and the texts that it answers.
+#[derive(Debug, Clone, clap::Args)]
+pub struct AnswerConfig {
+    /// Model directory, or a Hub id owner/name or owner/name@revision.
+    #[arg(long)]
+    pub model: String,
+    /// Texts and answers.
+    #[command(flatten)]
+    pub lines: LinesConfig,
+    /// cpu, cuda, or cuda:N for the GPU of that number.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Arithmetic of the model.
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    pub dtype: Precision,
+}
 
 /// Where texts come from and answers go.
 #[derive(Debug, Clone, clap::Args)]

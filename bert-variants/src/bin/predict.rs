@@ -1,11 +1,10 @@
 //! Fills masks in texts, or classifies them, with a model of a Hugging Face directory.
 
 use anyhow::Result;
-use bert_variants::lines::{Line, LinesConfig, answer_lines};
+use bert_variants::lines::{AnswerConfig, Line, answer_lines};
 use bert_variants::predict::{Classifier, FillMask};
 use bert_variants::pretrain::open_device;
 use bert_variants::text::Text;
-use bert_variants::train::Precision;
 use clap::{Parser, Subcommand};
 use serde_json::{Map, Value, json};
 
@@ -22,7 +21,7 @@ enum Task {
     /// The most probable tokens for each mask of a text, such as `Paris is in [MASK].`
     FillMask {
         #[command(flatten)]
-        model: Model,
+        config: AnswerConfig,
         /// Candidates for each mask.
         #[arg(long, default_value_t = 5)]
         top_k: usize,
@@ -30,45 +29,32 @@ enum Task {
     /// The label of a text, or of two, with the probabilities of all labels.
     Classify {
         #[command(flatten)]
-        model: Model,
+        config: AnswerConfig,
         /// Most tokens of a text, the rest of which is cut off [default: what the model can read]
         #[arg(long)]
         max_length: Option<usize>,
     },
 }
 
-#[derive(clap::Args)]
-struct Model {
-    /// Model directory, or a Hub id owner/name or owner/name@revision.
-    #[arg(long)]
-    model: String,
-    #[command(flatten)]
-    lines: LinesConfig,
-    /// cpu, cuda, or cuda:N for the GPU of that number.
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// Arithmetic of the model.
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
-    dtype: Precision,
-}
-
 fn main() -> Result<()> {
     bert_variants::init_logging();
     match Cli::parse().task {
-        Task::FillMask { model, top_k } => {
-            let device = open_device(&model.device)?;
-            let fill_mask = FillMask::from_pretrained(&model.model, model.dtype.dtype(), &device)?;
-            answer_lines(&model.lines, |lines| {
+        Task::FillMask { config, top_k } => {
+            let device = open_device(&config.device)?;
+            let fill_mask =
+                FillMask::from_pretrained(&config.model, config.dtype.dtype(), &device)?;
+            answer_lines(&config.lines, |lines| {
                 let texts: Vec<&str> = lines.iter().map(|line| line.text.as_str()).collect();
                 let masks = fill_mask.predict(&texts, top_k)?.into_iter();
                 Ok(masks.map(|masks| json!({ "masks": masks })).collect())
             })
         }
-        Task::Classify { model, max_length } => {
-            let device = open_device(&model.device)?;
-            let dtype = model.dtype.dtype();
-            let classifier = Classifier::from_pretrained(&model.model, max_length, dtype, &device)?;
-            answer_lines(&model.lines, |lines| classify(&classifier, lines))
+        Task::Classify { config, max_length } => {
+            let device = open_device(&config.device)?;
+            let dtype = config.dtype.dtype();
+            let classifier =
+                Classifier::from_pretrained(&config.model, max_length, dtype, &device)?;
+            answer_lines(&config.lines, |lines| classify(&classifier, lines))
         }
     }
 }
