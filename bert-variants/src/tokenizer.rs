@@ -7,7 +7,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::BertNormalizer;
@@ -233,17 +232,6 @@ impl Tokenizer {
             .encode_fast(text, false)
             .map_err(anyhow::Error::from_boxed)?;
         Ok(encoding.get_ids().to_vec())
-    }
-
-    /// As [`Tokenizer::encode`], of many texts on all cores.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>> {
-        texts
-            .par_iter()
-            .map(|text| self.encode(text.as_ref()))
-            .collect()
     }
 
     /// A text, or two that belong together, as a model reads them: with the special tokens around,
