@@ -49,14 +49,18 @@ __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn
 template <>
 __device__ __forceinline__ float from_float<float>(float x) { return x; }
 
-// W consecutive elements, as one 16-byte access when W elements are that long.
+// W elements of one access: a chunk, or half of one.
+template <class T, int W>
+using Packed = std::conditional_t<W == kChunk<T>, uint4, uint2>;
+
+// W consecutive elements, in one access.
 template <class T, int W>
 __device__ __forceinline__ void load_vec(float (&out)[W], const T* src) {
-  static_assert(W == 1 || W == kChunk<T>, "one element or one chunk");
   if constexpr (W == 1) {
     out[0] = to_float(*src);
   } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(src);
+    static_assert(sizeof(Packed<T, W>) == W * sizeof(T), "one element, a chunk, or half of one");
+    const auto raw = *reinterpret_cast<const Packed<T, W>*>(src);
     const T* x = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int i = 0; i < W; ++i) out[i] = to_float(x[i]);
@@ -65,15 +69,15 @@ __device__ __forceinline__ void load_vec(float (&out)[W], const T* src) {
 
 template <class T, int W>
 __device__ __forceinline__ void store_vec(T* dst, const float (&in)[W]) {
-  static_assert(W == 1 || W == kChunk<T>, "one element or one chunk");
   if constexpr (W == 1) {
     *dst = from_float<T>(in[0]);
   } else {
-    uint4 raw;
+    Packed<T, W> raw;
+    static_assert(sizeof(raw) == W * sizeof(T), "one element, a chunk, or half of one");
     T* x = reinterpret_cast<T*>(&raw);
 #pragma unroll
     for (int i = 0; i < W; ++i) x[i] = from_float<T>(in[i]);
-    *reinterpret_cast<uint4*>(dst) = raw;
+    *reinterpret_cast<Packed<T, W>*>(dst) = raw;
   }
 }
 

@@ -1,5 +1,5 @@
 // Layer normalisation. A row belongs to a group of threads, which keeps it in registers: a warp up
-// to 1024 columns, a block up to 8192.
+// to 1024 columns, a block up to 8192, and a block always where rows are not aligned.
 //
 //   forward:  y = (x - mean) * rstd * weight + bias; mean and rstd are kept
 //   backward, with n = (x - mean) * rstd and g = grad * weight:
@@ -18,7 +18,7 @@ constexpr int kMaxPartials = 396;  // three blocks on each of 132 SMs: what regi
 template <int kGroup>
 constexpr int kNormThreads = kGroup > 128 ? kGroup : 128;
 
-// Rows of a block.
+// Rows of a block at a time.
 template <int kGroup>
 constexpr int kNormRows = kNormThreads<kGroup> / kGroup;
 
@@ -34,10 +34,10 @@ struct Columns {
   }
 };
 
-template <class T, int W, int kGroup, int kElements>
+template <class X, class Y, int W, int kGroup, int kElements>
 __global__ void __launch_bounds__(kNormThreads<kGroup>)
-    layer_norm_fwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
-                          const float* __restrict__ bias, T* __restrict__ y,
+    layer_norm_fwd_kernel(const X* __restrict__ x, const float* __restrict__ weight,
+                          const float* __restrict__ bias, Y* __restrict__ y,
                           float* __restrict__ stats, int64_t rows, int width, float eps) {
   using C = Columns<W, kGroup, kElements>;
   const int64_t row =
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
   y += row * width;
 
   float v[C::kVectors][W] = {};
-  float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < C::kVectors; ++i) {
-    if (C::at(i) < width) load_vec<T, W>(v[i], x + C::at(i));
+    if (C::at(i) < width) load_vec<X, W>(v[i], x + C::at(i));
   }
+  float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) sum += v[i / W][i % W];
   const float mean = group_sum<kGroup>(sum) / width;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
     load_f32<W>(b, bias + C::at(i));
 #pragma unroll
     for (int j = 0; j < W; ++j) v[i][j] = (v[i][j] - mean) * rstd * w[j] + b[j];
-    store_vec<T, W>(y + C::at(i), v[i]);
+    store_vec<Y, W>(y + C::at(i), v[i]);
   }
   if (threadIdx.x % kGroup == 0) {
     stats[2 * row] = mean;
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
   }
 }
 
-template <class T, int W, int kGroup, int kElements>
+template <class X, class Y, int W, int kGroup, int kElements>
 __global__ void __launch_bounds__(kNormThreads<kGroup>)
-    layer_norm_bwd_kernel(const T* __restrict__ x, const float* __restrict__ weight,
-                          const T* __restrict__ grad, const float* __restrict__ stats,
-                          T* __restrict__ dx, float* __restrict__ partial, int64_t rows,
+    layer_norm_bwd_kernel(const X* __restrict__ x, const float* __restrict__ weight,
+                          const Y* __restrict__ grad, const float* __restrict__ stats,
+                          X* __restrict__ dx, float* __restrict__ partial, int64_t rows,
                           int width) {
   using C = Columns<W, kGroup, kElements>;
   constexpr int kRows = kNormRows<kGroup>;
@@ -93,15 +93,15 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
 
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kGroup; row < rows;
        row += static_cast<int64_t>(gridDim.x) * kRows) {
-    const T* x_row = x + row * width;
-    const T* grad_row = grad + row * width;
+    const X* x_row = x + row * width;
+    const Y* grad_row = grad + row * width;
     const float mean = stats[2 * row], rstd = stats[2 * row + 1];
     float n[C::kVectors][W], g[C::kVectors][W];
 #pragma unroll
     for (int i = 0; i < C::kVectors; ++i) {
       if (C::at(i) >= width) break;
-      load_vec<T, W>(n[i], x_row + C::at(i));
-      load_vec<T, W>(g[i], grad_row + C::at(i));
+      load_vec<X, W>(n[i], x_row + C::at(i));
+      load_vec<Y, W>(g[i], grad_row + C::at(i));
     }
     float sum_g = 0.0f, sum_gn = 0.0f;
 #pragma unroll
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
         n[i][j] = rstd * (g[i][j] - mean_g - n[i][j] * mean_gn);
         sum_dx[i][j] += n[i][j];
       }
-      store_vec<T, W>(dx + row * width + C::at(i), n[i]);
+      store_vec<X, W>(dx + row * width + C::at(i), n[i]);
     }
   }
 
@@ -161,24 +161,41 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
   }
 }
 
+// Calls f.template operator()<X, Y>() for the element types of x and y: the same, or f32 and a narrow one.
+template <class F>
+int for_elements(int32_t x_dtype, int32_t y_dtype, F&& f) {
+  return for_element(x_dtype, [&]<class X>() -> int {
+    if (y_dtype == x_dtype) return f.template operator()<X, X>();
+    if constexpr (std::is_same_v<X, float>) {
+      if (y_dtype == ATTN_BF16) return f.template operator()<X, bf16>();
+      if (y_dtype == ATTN_F16) return f.template operator()<X, f16>();
+    }
+    return ATTN_ERR_DTYPE;
+  });
+}
+
 // Calls f.template operator()<kGroup, kElements>() for the threads of a row and what each holds.
 template <int W, class F>
 int for_width(int64_t width, F&& f) {
   if (width < 1 || width > OP_LAYER_NORM_MAX_WIDTH) return ATTN_ERR_SIZE;
   static_assert(256 * kRowElements == OP_LAYER_NORM_MAX_WIDTH, "the widest group");
-  auto for_elements = [&]<int kGroup>() {
-    constexpr int kQuarter = kRowElements / 4;
-    if constexpr (W > 1) {
-      if (width <= kGroup * kQuarter) return f.template operator()<kGroup, kQuarter>();
-      if (width <= kGroup * kQuarter * 2) return f.template operator()<kGroup, kQuarter * 2>();
-      if (width <= kGroup * kQuarter * 3) return f.template operator()<kGroup, kQuarter * 3>();
-    }
-    return f.template operator()<kGroup, kRowElements>();
-  };
-  if (width <= 32 * kRowElements) return for_elements.template operator()<32>();
-  return for_elements.template operator()<256>();
+  constexpr int kQuarter = kRowElements / 4;
+  if constexpr (W == 1) {
+    // One by one, elements take most code: fewer for each of more threads.
+    if (width <= 32 * kRowElements) return f.template operator()<32 * 4, kQuarter>();
+    return f.template operator()<256 * 4, kQuarter>();
+  } else {
+    if (width <= 32 * kQuarter) return f.template operator()<32, kQuarter>();
+    if (width <= 32 * kQuarter * 2) return f.template operator()<32, kQuarter * 2>();
+    if (width <= 32 * kQuarter * 3) return f.template operator()<32, kQuarter * 3>();
+    if (width <= 32 * kRowElements) return f.template operator()<32, kRowElements>();
+    if (width <= 256 * kQuarter) return f.template operator()<256, kQuarter>();
+    if (width <= 256 * kQuarter * 2) return f.template operator()<256, kQuarter * 2>();
+    return f.template operator()<256, kRowElements>();
+  }
 }
 
+// Blocks of the backward.
 inline int64_t norm_partials(int64_t rows, int64_t width) {
   const int64_t rows_of_block = width <= 32 * kRowElements ? kNormRows<32> : kNormRows<256>;
   const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
@@ -191,39 +208,40 @@ int64_t op_layer_norm_partials(int64_t rows, int64_t width) {
   return attn::norm_partials(rows, width);
 }
 
-int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const float* bias, void* y,
-                      float* stats, int64_t rows, int64_t width, float eps, void* stream) {
+int op_layer_norm_fwd(int32_t x_dtype, const void* x, const float* weight, const float* bias,
+                      int32_t y_dtype, void* y, float* stats, int64_t rows, int64_t width, float eps,
+                      void* stream) {
   using namespace attn;
   if (rows == 0) return ATTN_OK;
-  return for_element(dtype, [&]<class T>() {
-    const bool aligned = aligned_to_16({x, weight, bias, y}) && width % kChunk<T> == 0;
-    return for_vector<T>(aligned, [&]<int W>() {
+  return for_elements(x_dtype, y_dtype, [&]<class X, class Y>() {
+    const bool aligned = aligned_to_16({x, weight, bias, y}) && width % kChunk<X> == 0;
+    return for_vector<X>(aligned, [&]<int W>() {
       return for_width<W>(width, [&]<int kGroup, int kElements>() {
         const int64_t blocks = (rows + kNormRows<kGroup> - 1) / kNormRows<kGroup>;
-        return launch(layer_norm_fwd_kernel<T, W, kGroup, kElements>, blocks,
+        return launch(layer_norm_fwd_kernel<X, Y, W, kGroup, kElements>, blocks,
                       kNormThreads<kGroup>, 0, stream,
-                      static_cast<const T*>(x), weight, bias, static_cast<T*>(y),
+                      static_cast<const X*>(x), weight, bias, static_cast<Y*>(y),
                       stats, rows, static_cast<int>(width), eps);
       });
     });
   });
 }
 
-int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
-                      const float* stats, void* dx, float* sums, float* partial,
+int op_layer_norm_bwd(int32_t x_dtype, const void* x, const float* weight, int32_t grad_dtype,
+                      const void* grad, const float* stats, void* dx, float* sums, float* partial,
                       int64_t rows, int64_t width, void* stream) {
   using namespace attn;
   const int64_t partials = norm_partials(rows, width);
   if (rows > 0) {
-    ATTN_RETURN_IF(for_element(dtype, [&]<class T>() {
-      const bool aligned = aligned_to_16({x, weight, grad, dx, partial}) && width % kChunk<T> == 0;
-      return for_vector<T>(aligned, [&]<int W>() {
+    ATTN_RETURN_IF(for_elements(x_dtype, grad_dtype, [&]<class X, class Y>() {
+      const bool aligned = aligned_to_16({x, weight, grad, dx, partial}) && width % kChunk<X> == 0;
+      return for_vector<X>(aligned, [&]<int W>() {
         return for_width<W>(width, [&]<int kGroup, int kElements>() {
           const size_t smem = kNormRows<kGroup> > 1 ? 3 * width * sizeof(float) : 0;
-          return launch(layer_norm_bwd_kernel<T, W, kGroup, kElements>, partials,
+          return launch(layer_norm_bwd_kernel<X, Y, W, kGroup, kElements>, partials,
                         kNormThreads<kGroup>, smem,
-                        stream, static_cast<const T*>(x), weight, static_cast<const T*>(grad),
-                        stats, static_cast<T*>(dx), partial, rows,
+                        stream, static_cast<const X*>(x), weight, static_cast<const Y*>(grad),
+                        stats, static_cast<X*>(dx), partial, rows,
                         static_cast<int>(width));
         });
       });

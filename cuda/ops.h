@@ -61,15 +61,17 @@ int64_t op_column_sum_partials(int64_t rows, int64_t columns);
 int op_column_sum(int32_t dtype, const void* x, float* sums, float* partial, int64_t rows,
                   int64_t columns, void* stream);
 
-// x, y, grad, dx: [rows, width], width 1 to OP_LAYER_NORM_MAX_WIDTH; weight, bias: f32 [width];
-// stats: f32 [rows, 2], mean and reciprocal deviation, written by the forward; sums: f32 [3, width],
-// gradients of weight and bias, and the sum of dx. partial: f32 [op_layer_norm_partials(..), 3, width].
+// x, y, grad, dx: [rows, width], width 1 to OP_LAYER_NORM_MAX_WIDTH; y and grad are of x_dtype, as dx is,
+// or if that is f32 of any dtype; weight, bias: f32 [width]; stats: f32 [rows, 2], mean and reciprocal
+// deviation, written by the forward; sums: f32 [3, width], gradients of weight and bias, and the sum of
+// dx. partial: f32 [op_layer_norm_partials(..), 3, width].
 enum { OP_LAYER_NORM_MAX_WIDTH = 8192 };
 int64_t op_layer_norm_partials(int64_t rows, int64_t width);
-int op_layer_norm_fwd(int32_t dtype, const void* x, const float* weight, const float* bias, void* y,
-                      float* stats, int64_t rows, int64_t width, float eps, void* stream);
-int op_layer_norm_bwd(int32_t dtype, const void* x, const float* weight, const void* grad,
-                      const float* stats, void* dx, float* sums, float* partial,
+int op_layer_norm_fwd(int32_t x_dtype, const void* x, const float* weight, const float* bias,
+                      int32_t y_dtype, void* y, float* stats, int64_t rows, int64_t width, float eps,
+                      void* stream);
+int op_layer_norm_bwd(int32_t x_dtype, const void* x, const float* weight, int32_t grad_dtype,
+                      const void* grad, const float* stats, void* dx, float* sums, float* partial,
                       int64_t rows, int64_t width, void* stream);
 
 // table: [count, width]; rows: [len]; y, grad: [len, width]. A row number from `count` on gives

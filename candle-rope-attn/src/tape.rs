@@ -19,8 +19,6 @@ use crate::profile::mark;
 
 /// Name of a stretch of Candle's operations.
 const CANDLE: &str = "Candle's own";
-/// Name of the operation whose gradient may be wider than its output.
-pub(crate) const CAST: &str = "cast";
 
 /// What an operation does with the gradient of its output.
 type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
@@ -28,7 +26,8 @@ type Backward = Box<dyn FnOnce(Gradient, &mut Gradients) -> Result<()>>;
 struct Node {
     name: &'static str,
     output: TensorId,
-    dtype: DType,
+    /// What the gradient is rounded to first.
+    dtype: Option<DType>,
     backward: Backward,
 }
 
@@ -148,8 +147,8 @@ impl Tape {
         while let Some(node) = self.nodes.pop() {
             if let Some(mut grad) = gradients.0.remove(&node.output) {
                 // The gradient of a weight is f32 where the weight may be narrower.
-                if node.name != CAST && grad.value.dtype() != node.dtype {
-                    grad.value = grad.value.to_dtype(node.dtype)?;
+                if let Some(dtype) = node.dtype {
+                    grad.value = grad.value.to_dtype(dtype)?;
                 }
                 (node.backward)(grad, gradients)?;
                 mark("backward", node.name);
@@ -177,7 +176,7 @@ impl Tape {
         self.nodes.push(Node {
             name: CANDLE,
             output: x.id(),
-            dtype: x.dtype(),
+            dtype: Some(x.dtype()),
             backward,
         });
     }
@@ -323,14 +322,26 @@ pub(crate) fn variable(y: &Tensor) -> Result<Tensor> {
     Ok(Var::from_tensor(&y.detach())?.into_inner())
 }
 
-/// Records how the gradient of an [`output`] gives others.
+/// Records how the gradient of an [`output`], in its dtype, gives others.
 pub(crate) fn push(
     name: &'static str,
     output: &Tensor,
     backward: impl FnOnce(Gradient, &mut Gradients) -> Result<()> + 'static,
 ) {
-    let (output, dtype) = (output.id(), output.dtype());
-    let backward = Box::new(backward);
+    push_node(name, output, Some(output.dtype()), Box::new(backward));
+}
+
+/// As [`push`], where the gradient may be wider than the output.
+pub(crate) fn push_wide(
+    name: &'static str,
+    output: &Tensor,
+    backward: impl FnOnce(Gradient, &mut Gradients) -> Result<()> + 'static,
+) {
+    push_node(name, output, None, Box::new(backward));
+}
+
+fn push_node(name: &'static str, output: &Tensor, dtype: Option<DType>, backward: Backward) {
+    let output = output.id();
     mark("forward", name);
     RECORDING.with_borrow_mut(|tape| {
         if let Some(tape) = tape {

@@ -297,10 +297,9 @@ impl Stack {
         checkpointing: bool,
     ) -> Result<Tensor> {
         let dropout = PassDropout { seed: dropout_seed };
-        let x = self.embeddings.forward(inputs)?;
         let p = &self.config.dropout;
-        let x = dropout.forward(x, p.embeddings, "embeddings", 0)?;
-        let mut x = cast(&x, self.dtype)?;
+        let at_embeddings = dropout.at(p.embeddings, "embeddings", 0);
+        let mut x = self.embeddings.forward(inputs, at_embeddings, self.dtype)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let probs = dropout.at(p.attention_probs, "attention_probs", i);
             let last = i + 1 == self.layers.len();
@@ -352,7 +351,8 @@ impl Embeddings {
         })
     }
 
-    fn forward(&self, inputs: &Inputs) -> Result<Tensor> {
+    /// Summed, normalised and dropped in f32, and then in a dtype.
+    fn forward(&self, inputs: &Inputs, at: Option<Dropout>, dtype: DType) -> Result<Tensor> {
         let position = self.position.as_ref().map(|(table, _)| table);
         let parts = [
             (Some(&inputs.ids), Some(&self.word)),
@@ -363,7 +363,14 @@ impl Embeddings {
             .into_iter()
             .filter_map(|(ids, table)| ids.zip(table))
             .collect();
-        self.layer_norm.forward(&embedding_sum(&parts)?)
+        let sum = embedding_sum(&parts)?;
+        match at {
+            Some(Dropout { p, seed }) => {
+                let x = dropout(&self.layer_norm.forward(&sum)?, p, seed)?;
+                Ok(cast(&x, dtype)?)
+            }
+            None => self.layer_norm.forward_as(&sum, dtype),
+        }
     }
 }
 

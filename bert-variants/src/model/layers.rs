@@ -130,7 +130,13 @@ pub(super) struct LayerNorm {
 
 impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::layer_norm(x, &self.weight, &self.bias, self.eps)?)
+        self.forward_as(x, x.dtype())
+    }
+
+    /// The result in a dtype; x is in that or f32.
+    pub fn forward_as(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        let (weight, bias) = (&self.weight, &self.bias);
+        Ok(ops::layer_norm_as(x, weight, bias, self.eps, dtype)?)
     }
 }
 

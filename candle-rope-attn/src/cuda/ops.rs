@@ -266,22 +266,24 @@ fn rows_and_width(x: Input) -> Result<[usize; 2]> {
     Ok([x.1.shape().elem_count() / width.max(1), width])
 }
 
-/// The result, and the statistics of the rows, f32 `[rows, 2]`.
+/// The result in a dtype, and the statistics of the rows, f32 `[rows, 2]`.
 pub(crate) fn layer_norm(
     x: Input,
     weight: Input,
     bias: Input,
     eps: f32,
+    y_dtype: DType,
 ) -> Result<(CudaStorage, Tensor)> {
     let [rows, width] = rows_and_width(x)?;
     let (device, dtype) = (x.0.device(), x.0.dtype());
-    let mut y = alloc_storage(device, dtype, rows * width)?;
+    let mut y = alloc_storage(device, y_dtype, rows * width)?;
     let mut stats = alloc_storage(device, DType::F32, 2 * rows)?;
     launch!(device, || describe("layer_norm", x.1, dtype), p => ffi::op_layer_norm_fwd(
         dtype_code(dtype),
         input(&mut p, x)?,
         input(&mut p, weight)?.cast(),
         input(&mut p, bias)?.cast(),
+        dtype_code(y_dtype),
         p.write_storage(&mut y)?,
         p.write_storage(&mut stats)?.cast(),
         rows as i64,
@@ -312,6 +314,7 @@ pub(crate) fn layer_norm_backward(
         dtype_code(dtype),
         input(&mut p, x)?,
         input(&mut p, weight)?.cast(),
+        dtype_code(grad.0.dtype()),
         input(&mut p, grad)?,
         input(&mut p, stats)?.cast(),
         p.write_storage(&mut dx)?,

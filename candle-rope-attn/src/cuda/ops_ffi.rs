@@ -151,10 +151,11 @@ unsafe extern "C" {
     ) -> c_int;
     pub(crate) fn op_layer_norm_partials(rows: i64, width: i64) -> i64;
     pub(crate) fn op_layer_norm_fwd(
-        dtype: i32,
+        x_dtype: i32,
         x: *const c_void,
         weight: *const f32,
         bias: *const f32,
+        y_dtype: i32,
         y: *mut c_void,
         stats: *mut f32,
         rows: i64,
@@ -163,9 +164,10 @@ unsafe extern "C" {
         stream: *mut c_void,
     ) -> c_int;
     pub(crate) fn op_layer_norm_bwd(
-        dtype: i32,
+        x_dtype: i32,
         x: *const c_void,
         weight: *const f32,
+        grad_dtype: i32,
         grad: *const c_void,
         stats: *const f32,
         dx: *mut c_void,

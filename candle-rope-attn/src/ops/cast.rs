@@ -33,7 +33,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     }
     let y = tape::output(converted, x.shape());
     let (target, dtype) = (Target::from(x), x.dtype());
-    tape::push(tape::CAST, &y, move |grad, gradients| {
+    tape::push_wide("cast", &y, move |grad, gradients| {
         let grad = grad.value;
         if grad.dtype() == dtype {
             return gradients.add(target, grad);

@@ -17,6 +17,23 @@ use crate::tape::{self, Gradient};
 /// Rows that one task takes.
 const ROWS: usize = 32;
 
+/// Evaluates an expression with `$X` and `$Y` as the element types of x and the result: the same, or f32 and
+/// any.
+macro_rules! with_elements {
+    ($x:expr, $y:expr, $X:ident, $Y:ident => $body:expr) => {
+        match $x {
+            DType::F32 => {
+                type $X = f32;
+                with_element!($y, $Y => $body)
+            }
+            narrow => with_element!(narrow, $X => {
+                type $Y = $X;
+                $body
+            }),
+        }
+    };
+}
+
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis.
 ///
 /// x is `[.., width]` in f32, bf16 or f16, and so is the result; weight and bias are `[width]` in
@@ -25,8 +42,30 @@ const ROWS: usize = 32;
 /// # Errors
 /// When a dtype or shape is another, or the width is 0.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    layer_norm_as(x, weight, bias, eps, x.dtype())
+}
+
+/// [`layer_norm`] of an f32 x with the result in another dtype: what a [`cast`](super::cast) after it gives,
+/// in both directions, without that pass over memory.
+///
+/// # Errors
+/// As [`layer_norm`], and when x is neither in f32 nor in that dtype.
+pub fn layer_norm_as(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+    dtype: DType,
+) -> Result<Tensor> {
     let op = "layer_norm";
     check_dtype(op, x.dtype())?;
+    check_dtype(op, dtype)?;
+    if x.dtype() != DType::F32 && x.dtype() != dtype {
+        bail!(
+            "{op}: got x of dtype {:?} for a result in {dtype:?}, expected x in F32 or {dtype:?}; convert it with to_dtype",
+            x.dtype()
+        )
+    }
     let width = x.dim(D::Minus1)?;
     if width == 0 {
         bail!(
@@ -40,6 +79,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     }
     let op = LayerNorm {
         eps: eps as f32,
+        dtype,
         stats: Saved::default(),
     };
     let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.contiguous()?);
@@ -47,7 +87,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         return x.apply_op3(&weight, &bias, op);
     }
     let y = tape::run3(&op, &x, &weight, &bias)?;
-    tape::push("layer_norm", &y, move |grad, gradients| {
+    tape::push_wide("layer_norm", &y, move |grad, gradients| {
         let ([d_weight, d_bias], dx) = op.backward(&x, &weight, &grad.value)?;
         gradients.add(&x, dx)?;
         gradients.add(&weight, d_weight)?;
@@ -58,13 +98,20 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 
 struct LayerNorm {
     eps: f32,
+    /// That of the result.
+    dtype: DType,
     /// Mean and reciprocal standard deviation of every row, f32 `[rows, 2]`, for the backward pass.
     stats: Saved,
 }
 
 impl LayerNorm {
     /// The result and the statistics.
-    fn forward<T: Element>(&self, x: &[T], weight: &[f32], bias: &[f32]) -> (Vec<T>, Vec<f32>) {
+    fn forward<X: Element, Y: Element>(
+        &self,
+        x: &[X],
+        weight: &[f32],
+        bias: &[f32],
+    ) -> (Vec<Y>, Vec<f32>) {
         let width = weight.len();
         let mut y = zeros(x.len());
         let mut stats = vec![0.0; x.len() / width * 2];
@@ -76,11 +123,11 @@ impl LayerNorm {
             vectorized(
                 #[inline(always)]
                 || {
-                    let mean = sum(x, T::to_f32) / width as f32;
+                    let mean = sum(x, X::to_f32) / width as f32;
                     let variance = sum(x, |x| (x.to_f32() - mean).powi(2)) / width as f32;
                     let rstd = 1.0 / (variance + self.eps).sqrt();
                     for (((y, x), weight), bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                        *y = T::from_f32((x.to_f32() - mean) * rstd * weight + bias);
+                        *y = Y::from_f32((x.to_f32() - mean) * rstd * weight + bias);
                     }
                     stats.copy_from_slice(&[mean, rstd]);
                 },
@@ -100,7 +147,12 @@ impl LayerNorm {
             stats: self.stats.get()?,
             sums: Saved::default(),
         };
-        let value = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &backward)?;
+        // Of a narrow x, the gradient may be wider.
+        let grad = match x.dtype() {
+            DType::F32 => grad.contiguous()?,
+            narrow => grad.to_dtype(narrow)?.contiguous()?,
+        };
+        let value = x.apply_op3_no_bwd(weight, &grad, &backward)?;
         let sums = backward.sums.get()?;
         let column_sum = Some(sums.i(2)?);
         let dx = Gradient {
@@ -126,9 +178,9 @@ impl CustomOp3 for LayerNorm {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = (values(weight, weight_layout)?, values(bias, bias_layout)?);
-        let (y, stats) = with_element!(x.dtype(), T => {
-            let (y, stats) = self.forward::<T>(values(x, x_layout)?, weight, bias);
-            (T::to_cpu_storage_owned(y), stats)
+        let (y, stats) = with_elements!(x.dtype(), self.dtype, X, Y => {
+            let (y, stats) = self.forward::<X, Y>(values(x, x_layout)?, weight, bias);
+            (Y::to_cpu_storage_owned(y), stats)
         });
         self.stats
             .put(Tensor::from_vec(stats, ((), 2), &Device::Cpu)?);
@@ -146,7 +198,7 @@ impl CustomOp3 for LayerNorm {
         bias_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let (weight, bias) = ((weight, weight_layout), (bias, bias_layout));
-        let (y, stats) = cuda::layer_norm((x, x_layout), weight, bias, self.eps)?;
+        let (y, stats) = cuda::layer_norm((x, x_layout), weight, bias, self.eps, self.dtype)?;
         self.stats.put(stats);
         Ok((y, x_layout.shape().clone()))
     }
@@ -174,12 +226,12 @@ struct LayerNormBackward<'a> {
 
 /// Writes the gradient of x, and gives the sums, for some rows.
 #[inline(always)]
-fn backward_rows<T: Element>(
-    x: &[T],
+fn backward_rows<X: Element, Y: Element>(
+    x: &[X],
     weight: &[f32],
-    grad: &[T],
+    grad: &[Y],
     stats: &[f32],
-    dx: &mut [T],
+    dx: &mut [X],
 ) -> Vec<f32> {
     let width = weight.len();
     let mut sums = vec![0.0; 3 * width];
@@ -192,14 +244,14 @@ fn backward_rows<T: Element>(
         .zip(dx.chunks_exact_mut(width));
     for (((x, grad), dx), stats) in rows.zip(stats.chunks_exact(2)) {
         let (mean, rstd) = (stats[0], stats[1]);
-        let normal = |x: T| (x.to_f32() - mean) * rstd;
+        let normal = |x: X| (x.to_f32() - mean) * rstd;
         for ((g, grad), weight) in g.iter_mut().zip(grad).zip(weight) {
             *g = grad.to_f32() * weight;
         }
         let mean_g = sum(&g, |g| g) / width as f32;
         let mean_gn = sum2(&g, x, |g, x| g * normal(x)) / width as f32;
         for ((dx, x), g) in dx.iter_mut().zip(x).zip(&g) {
-            *dx = T::from_f32(rstd * (g - mean_g - normal(*x) * mean_gn));
+            *dx = X::from_f32(rstd * (g - mean_g - normal(*x) * mean_gn));
         }
         for ((d_weight, grad), x) in d_weight.iter_mut().zip(grad).zip(x) {
             *d_weight += grad.to_f32() * normal(*x);
@@ -232,8 +284,8 @@ impl CustomOp3 for LayerNormBackward<'_> {
         let width = weight.len();
         let (stats, stats_layout) = self.stats.storage_and_layout();
         let stats = tensor_values::<f32>(&stats, stats_layout)?;
-        let (dx, partial) = with_element!(x.dtype(), T => {
-            let (x, grad) = (values::<T>(x, x_layout)?, values::<T>(grad, grad_layout)?);
+        let (dx, partial) = with_elements!(x.dtype(), grad.dtype(), X, Y => {
+            let (x, grad) = (values::<X>(x, x_layout)?, values::<Y>(grad, grad_layout)?);
             let mut dx = zeros(x.len());
             let partial: Vec<_> = (x.par_chunks(ROWS * width), grad.par_chunks(ROWS * width))
                 .into_par_iter()
@@ -246,7 +298,7 @@ impl CustomOp3 for LayerNormBackward<'_> {
                     )
                 })
                 .collect();
-            (T::to_cpu_storage_owned(dx), partial)
+            (X::to_cpu_storage_owned(dx), partial)
         });
         let sums = sum_vectors(3 * width, &partial);
         self.sums

@@ -31,7 +31,7 @@ pub use dropout::{dropout, dropout_add};
 pub use gather::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 pub use gelu::gelu;
 pub use global_norm::global_norm;
-pub use layer_norm::layer_norm;
+pub use layer_norm::{layer_norm, layer_norm_as};
 #[cfg(feature = "cuda")]
 pub(crate) use linear::linear_rotated;
 pub use linear::{linear, linear_add, mlp_add};

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_rope_attn::ops::{
     AdamW, AdamWState, Parameter, Tape, cross_entropy, dropout, embedding, gather_rows, gelu,
-    global_norm, layer_norm, linear, linear_cross_entropy,
+    global_norm, layer_norm, layer_norm_as, linear, linear_cross_entropy,
 };
 
 use crate::common::{assert_error, f32s, zeros};
@@ -27,6 +27,10 @@ fn dtypes() {
         layer_norm(&half, &zeros(&[2], DType::BF16), &f32s(&[2]), 1e-5),
         &["layer_norm", "weight", "BF16", "F32"],
     );
+    let norm = |dtype| layer_norm_as(&half, &f32s(&[2]), &f32s(&[2]), 1e-5, dtype);
+    assert_error(norm(DType::F16), &["layer_norm", "BF16", "F16", "F32"]);
+    assert_error(norm(DType::F32), &["layer_norm", "BF16", "F32"]);
+    assert_error(norm(DType::F64), &["layer_norm", "F64"]);
     assert_error(
         embedding(&f32s(&[2]), &f32s(&[2, 2])),
         &["embedding", "ids", "F32", "U32"],

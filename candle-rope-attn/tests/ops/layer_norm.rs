@@ -1,10 +1,18 @@
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::layer_norm;
+use candle_rope_attn::ops::{cast, layer_norm, layer_norm_as, linear};
 
-use crate::common::{DTYPES, Input, Reference, check_reference, compare, device_tests, random};
+use crate::common::{
+    DTYPES, Input, Reference, check_reference, compare, device_tests, on_tape, random, tensor,
+    values,
+};
 
-device_tests!(matches_reference, large_mean);
+device_tests!(
+    matches_reference,
+    large_mean,
+    narrow_matches_reference,
+    narrow_is_a_cast_after
+);
 
 const EPS: f64 = 1e-5;
 
@@ -58,8 +66,17 @@ fn op(x: &[Tensor]) -> candle_core::Result<Tensor> {
     layer_norm(&x[0], &x[1], &x[2], EPS)
 }
 
+fn inputs(shape: &[usize], dtype: DType) -> [Input; 3] {
+    let width = &shape[shape.len() - 1..];
+    [
+        Input::random(shape, dtype, 1),
+        Input::random(width, DType::F32, 2),
+        Input::random(width, DType::F32, 3),
+    ]
+}
+
 fn matches_reference(device: &Device) -> Result<()> {
-    let shapes: [&[usize]; 11] = [
+    let shapes: [&[usize]; 13] = [
         &[4, 1],
         &[3, 5],
         &[0, 8],
@@ -67,26 +84,90 @@ fn matches_reference(device: &Device) -> Result<()> {
         &[2, 5, 64],
         &[65, 257],
         &[100, 768],
+        &[2100, 264],
         &[1000, 128],
         &[4000, 64],
         &[3, 1024],
         &[5, 5000],
+        &[3, 1031],
     ];
     for dtype in DTYPES {
         for shape in shapes {
-            let width = shape[shape.len() - 1];
-            let inputs = [
-                Input::random(shape, dtype, 1),
-                Input::random(&[width], DType::F32, 2),
-                Input::random(&[width], DType::F32, 3),
-            ];
+            let name = format!("layer_norm {shape:?}");
+            compare(&name, device, &inputs(shape, dtype), op, reference)?;
+        }
+    }
+    Ok(())
+}
+
+/// What reads f32 and writes fewer bits.
+const NARROW: [DType; 2] = [DType::BF16, DType::F16];
+
+fn narrow_matches_reference(device: &Device) -> Result<()> {
+    let shapes: [&[usize]; 9] = [
+        &[4, 1],
+        &[0, 8],
+        &[33, 31],
+        &[2, 5, 64],
+        &[65, 260],
+        &[100, 768],
+        &[2100, 132],
+        &[3, 1024],
+        &[5, 5000],
+    ];
+    for dtype in NARROW {
+        for shape in shapes {
             compare(
-                &format!("layer_norm {shape:?}"),
+                &format!("layer_norm {shape:?} from f32 to {dtype:?}"),
                 device,
-                &inputs,
-                op,
+                &inputs(shape, DType::F32),
+                |x| layer_norm_as(&x[0], &x[1], &x[2], EPS, dtype),
                 reference,
             )?;
+        }
+    }
+    Ok(())
+}
+
+fn bits(x: &Tensor) -> Result<Vec<u64>> {
+    Ok(values(x)?.into_iter().map(f64::to_bits).collect())
+}
+
+/// Result and gradients, by a narrow gradient and by one as wide as weights have.
+fn narrow_is_a_cast_after(device: &Device) -> Result<()> {
+    for dtype in NARROW {
+        for shape in [[3, 5], [40, 768], [2100, 264], [9, 1000], [6, 4096]] {
+            let inputs = inputs(&shape, DType::F32);
+            let vars = inputs.each_ref().map(|input| input.var(device));
+            let vars = vars.into_iter().collect::<Result<Vec<_>>>()?;
+            let x: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+            let fused = |x: &[Tensor]| layer_norm_as(&x[0], &x[1], &x[2], EPS, dtype);
+            let apart = |x: &[Tensor]| cast(&op(x)?, dtype);
+            let grad = tensor(&random(shape[0] * shape[1], 4), &shape, dtype, device)?;
+
+            let input = tensor(&random(2 * shape[1], 5), &[2, shape[1]], dtype, device)?;
+            let as_weight = |y: candle_core::Result<Tensor>| linear(&input, &y?, None);
+            let wide_grad = tensor(&random(2 * shape[0], 6), &[2, shape[0]], dtype, device)?;
+
+            let mut got = on_tape(&x, &grad, fused)?;
+            got.extend(on_tape(&x, &wide_grad, |x| as_weight(fused(x)))?);
+            let mut expected = on_tape(&x, &grad, apart)?;
+            expected.extend(on_tape(&x, &wide_grad, |x| as_weight(apart(x)))?);
+            let graph = |op: &dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>| {
+                let grads = (op(&x)? * &grad)?.sum_all()?.backward()?;
+                Ok::<_, anyhow::Error>(x.iter().filter_map(|x| grads.get(x).cloned()).collect())
+            };
+            let in_graph: [Vec<_>; 2] = [graph(&fused)?, graph(&apart)?];
+            assert_eq!(in_graph.each_ref().map(Vec::len), [3, 3]);
+            let [in_graph, expected_in_graph] = in_graph;
+            got.extend(in_graph);
+            expected.extend(expected_in_graph);
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let dtypes = [got.dtype(), expected.dtype()];
+                ensure!(dtypes[0] == dtypes[1], "{shape:?}, {i}: {dtypes:?}");
+                let same = bits(got)? == bits(expected)?;
+                ensure!(same, "{shape:?} {dtype:?}: tensor {i} differs");
+            }
         }
     }
     Ok(())
@@ -109,7 +190,7 @@ fn large_mean(device: &Device) -> Result<()> {
         .map(|input| input.var(device))
         .collect::<Result<Vec<_>>>()?;
     let tensors: Vec<_> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-    let got = crate::common::values(&op(&tensors)?)?;
+    let got = values(&op(&tensors)?)?;
     let (expected, _) = reference(&inputs.map(|input| input.values), &[]);
     for (got, expected) in got.iter().zip(&expected) {
         assert!((got - expected).abs() < 3e-3, "{got}, not {expected}");
