@@ -36,24 +36,35 @@ struct Tables {
   OpTable parts[OP_MAX_TABLES];
 };
 
-// A warp a row.
+// `warps` a row, of different blocks.
 template <int W>
 __global__ void __launch_bounds__(kOpThreads)
     sum_rows_kernel(const __grid_constant__ Tables tables, int count, float* __restrict__ y,
-                    int64_t len, int64_t width) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kOpThreads / 32) + warp_id();
+                    int64_t len, int64_t width, unsigned warps) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x / warps) * (kOpThreads / 32) + warp_id();
   if (i >= len) return;
-  for (int64_t column = lane_id() * W; column < width; column += 32 * W) {
-    float sum[W] = {};
-    for (int t = 0; t < count; ++t) {
-      const OpTable& part = tables.parts[t];
-      const int64_t row = part.rows[i];
-      float x[W];
+  const float* from[OP_MAX_TABLES] = {};  // null for a row that is not there
 #pragma unroll
-      for (int j = 0; j < W; ++j) x[j] = NAN;
-      if (row < part.count) load_f32<W>(x, part.table + row * width + column);
+  for (int t = 0; t < OP_MAX_TABLES; ++t) {
+    if (t >= count) break;
+    const OpTable& part = tables.parts[t];
+    const int64_t row = part.rows[i];
+    if (row < part.count) from[t] = part.table + row * width;
+  }
+  for (int64_t column = (blockIdx.x % warps * 32 + lane_id()) * W; column < width;
+       column += warps * 32 * W) {
+    float x[OP_MAX_TABLES][W], sum[W] = {};
 #pragma unroll
-      for (int j = 0; j < W; ++j) sum[j] += x[j];
+    for (int t = 0; t < OP_MAX_TABLES; ++t) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) x[t][j] = NAN;
+      if (from[t] != nullptr) load_f32<W>(x[t], from[t] + column);
+    }
+#pragma unroll
+    for (int t = 0; t < OP_MAX_TABLES; ++t) {
+      if (t >= count) break;
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum[j] += x[t][j];
     }
     store_f32<W>(y + i * width + column, sum);
   }
@@ -248,8 +259,11 @@ int op_sum_rows(const OpTable* tables, int64_t count, float* y, int64_t len, int
     aligned = aligned && aligned_to_16({tables[t].table});
   }
   constexpr int64_t kRows = kOpThreads / 32;
-  return launch(aligned ? sum_rows_kernel<4> : sum_rows_kernel<1>, (len + kRows - 1) / kRows,
-                kOpThreads, 0, stream, list, static_cast<int>(count), y, len, width);
+  const int64_t columns = aligned ? 128 : 32;  // that a warp takes at a time
+  const int64_t warps = few_rows(len) ? (width + columns - 1) / columns : 1;
+  return launch(aligned ? sum_rows_kernel<4> : sum_rows_kernel<1>,
+                (len + kRows - 1) / kRows * warps, kOpThreads, 0, stream, list,
+                static_cast<int>(count), y, len, width, static_cast<unsigned>(warps));
 }
 
 int op_scatter_rows_workspace(int64_t len, int64_t count, int64_t width, size_t* bytes) {

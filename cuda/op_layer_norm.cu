@@ -1,5 +1,7 @@
 // Layer normalisation. A row belongs to a group of threads, which keeps it in registers: a warp up
-// to 1024 columns, a block up to 8192, and a block always where rows are not aligned.
+// to 1024 columns, a block up to 8192, and a block always where rows are not aligned. In the forward, few
+// rows of up to 1024 columns are for a block each too, of which a thread has one vector: sums are added in
+// the same order.
 //
 //   forward:  y = (x - mean) * rstd * weight + bias; mean and rstd are kept
 //   backward, with n = (x - mean) * rstd and g = grad * weight:
@@ -22,8 +24,8 @@ constexpr int kNormThreads = kGroup > 128 ? kGroup : 128;
 template <int kGroup>
 constexpr int kNormRows = kNormThreads<kGroup> / kGroup;
 
-// The columns of one thread: kVectors times W of them, kGroup * W apart. kElements is kRowElements,
-// or for rows that have fewer, so that registers suffice for more threads, some quarters of it.
+// The columns of one thread: kVectors times W of them, kGroup * W apart. kElements is kRowElements, or
+// less where the threads of a row need hold no more, so that registers suffice for more of them.
 template <int W, int kGroup, int kElements>
 struct Columns {
   static constexpr int kVectors = kElements / W;
@@ -51,26 +53,41 @@ __global__ void __launch_bounds__(kNormThreads<kGroup>)
   for (int i = 0; i < C::kVectors; ++i) {
     if (C::at(i) < width) load_vec<X, W>(v[i], x + C::at(i));
   }
+  // Of one vector there are registers for these while the row is waited for.
+  constexpr bool kAhead = C::kVectors == 1;
+  float w[W], b[W];
+  auto load_parameters = [&](int i) {
+    load_f32<W>(w, weight + C::at(i));
+    load_f32<W>(b, bias + C::at(i));
+  };
+  if (kAhead && C::at(0) < width) load_parameters(0);
+
+  // Vector by vector, and so in the same order whoever holds them.
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) sum += v[i / W][i % W];
+  for (int i = 0; i < C::kVectors; ++i) {
+    float part = 0.0f;
+#pragma unroll
+    for (int j = 0; j < W; ++j) part += v[i][j];
+    sum += part;
+  }
   const float mean = group_sum<kGroup>(sum) / width;
 
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < C::kVectors; ++i) {
     if (C::at(i) >= width) break;
+    float part = 0.0f;
 #pragma unroll
-    for (int j = 0; j < W; ++j) squares += (v[i][j] - mean) * (v[i][j] - mean);
+    for (int j = 0; j < W; ++j) part += (v[i][j] - mean) * (v[i][j] - mean);
+    squares += part;
   }
   const float rstd = rsqrtf(group_sum<kGroup>(squares) / width + eps);
 
 #pragma unroll
   for (int i = 0; i < C::kVectors; ++i) {
     if (C::at(i) >= width) break;
-    float w[W], b[W];
-    load_f32<W>(w, weight + C::at(i));
-    load_f32<W>(b, bias + C::at(i));
+    if (!kAhead) load_parameters(i);
 #pragma unroll
     for (int j = 0; j < W; ++j) v[i][j] = (v[i][j] - mean) * rstd * w[j] + b[j];
     store_vec<Y, W>(y + C::at(i), v[i]);
@@ -216,13 +233,20 @@ int op_layer_norm_fwd(int32_t x_dtype, const void* x, const float* weight, const
   return for_elements(x_dtype, y_dtype, [&]<class X, class Y>() {
     const bool aligned = aligned_to_16({x, weight, bias, y}) && width % kChunk<X> == 0;
     return for_vector<X>(aligned, [&]<int W>() {
-      return for_width<W>(width, [&]<int kGroup, int kElements>() {
+      auto norm = [&]<int kGroup, int kElements>() {
         const int64_t blocks = (rows + kNormRows<kGroup> - 1) / kNormRows<kGroup>;
         return launch(layer_norm_fwd_kernel<X, Y, W, kGroup, kElements>, blocks,
                       kNormThreads<kGroup>, 0, stream,
                       static_cast<const X*>(x), weight, bias, static_cast<Y*>(y),
                       stats, rows, static_cast<int>(width), eps);
-      });
+      };
+      if constexpr (W > 1) {
+        constexpr int kGroup = 32 * kRowElements / W;
+        if (few_rows(rows) && width > 32 * W && width <= kGroup * W) {
+          return norm.template operator()<kGroup, W>();
+        }
+      }
+      return for_width<W>(width, norm);
     });
   });
 }

@@ -25,6 +25,10 @@ int for_element(int32_t dtype, F&& f) {
   }
 }
 
+// Whether rows are so few that a row is for several warps: with one each, they would leave most of the
+// device idle. Results are the same bits either way.
+inline bool few_rows(int64_t rows) { return rows <= 2048; }
+
 inline bool aligned_to_16(std::initializer_list<const void*> pointers) {
   for (const void* pointer : pointers) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
@@ -77,21 +81,21 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The sum over groups of kGroup threads, in all of them: a warp each, or the block.
+// The sum over groups of kGroup threads, in all of them: a warp each, or the block. Those of a lane are
+// added in the order of their warps, then lanes: as if a warp alone had the numbers of all.
 template <int kGroup>
 __device__ __forceinline__ float group_sum(float x) {
-  x = warp_sum(x);
   if constexpr (kGroup > 32) {
     constexpr int kWarps = kGroup / 32;
-    __shared__ float sums[kWarps];
+    __shared__ float sums[kWarps][32];
     __syncthreads();  // all have read the last sums
-    if (lane_id() == 0) sums[warp_id()] = x;
+    sums[warp_id()][lane_id()] = x;
     __syncthreads();
     x = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) x += sums[i];
+    for (int i = 0; i < kWarps; ++i) x += sums[i][lane_id()];
   }
-  return x;
+  return warp_sum(x);
 }
 
 // ---- Elementwise kernels -----------------------------------------------------------------------

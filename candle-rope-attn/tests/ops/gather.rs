@@ -1,6 +1,6 @@
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_rope_attn::ops::{embedding, embedding_sum, gather_rows};
+use candle_rope_attn::ops::{MAX_TABLES, embedding, embedding_sum, gather_rows};
 
 use crate::common::{
     DTYPES, Input, Reference, check_reference, compare, device_tests, random, random_indices,
@@ -9,6 +9,7 @@ use crate::common::{
 
 device_tests!(
     rows_out_of_range,
+    sums_of_few_rows_are_those_of_many,
     matches_reference,
     many_uses_of_one_row,
     embedding_is_the_same,
@@ -57,21 +58,21 @@ fn check(device: &Device, count: usize, width: usize, rows: &[u32]) -> Result<()
 }
 
 fn sums_rows_of_tables(device: &Device) -> Result<()> {
-    for width in [1, 5, 768] {
+    for (len, width) in [(300, 1), (300, 5), (2, 132), (300, 768), (3000, 132)] {
         let counts = [70usize, 1, 9];
-        let ids = counts.map(|count| random_indices(300, count as u32, count as u64));
+        let ids = counts.map(|count| random_indices(len, count as u32, count as u64));
         let tensors = ids
             .iter()
             .map(|ids| Tensor::new(&ids[..], device))
             .collect::<candle_core::Result<Vec<_>>>()?;
         let inputs = counts.map(|count| Input::random(&[count, width], DType::F32, count as u64));
         compare(
-            &format!("embedding_sum of width {width}"),
+            &format!("embedding_sum of {len} rows of width {width}"),
             device,
             &inputs,
             |tables| embedding_sum(&tensors.iter().zip(tables).collect::<Vec<_>>()),
             |inputs, grad| {
-                let mut sum = vec![0.0; 300 * width];
+                let mut sum = vec![0.0; len * width];
                 let mut grads = Vec::new();
                 for (table, ids) in inputs.iter().zip(&ids) {
                     let (y, d_table) = reference(std::slice::from_ref(table), grad, ids, width);
@@ -81,6 +82,34 @@ fn sums_rows_of_tables(device: &Device) -> Result<()> {
                 (sum, grads)
             },
         )?;
+    }
+    Ok(())
+}
+
+/// For any number of tables, with rows that are not there: bit by bit.
+fn sums_of_few_rows_are_those_of_many(device: &Device) -> Result<()> {
+    const FEW: usize = 9;
+    for tables in 1..=MAX_TABLES {
+        for width in [3, 131, 132, 768] {
+            let parts = (0..tables)
+                .map(|i| {
+                    let table = Input::random(&[50, width], DType::F32, i as u64).var(device)?;
+                    let end = if device.is_cpu() { 50 } else { 51 };
+                    let ids = random_indices(4500, end, i as u64 + 10);
+                    Ok((Tensor::new(ids, device)?, table.as_detached_tensor()))
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let few = parts
+                .iter()
+                .map(|(ids, table)| Ok((ids.narrow(0, 0, FEW)?, table.clone())))
+                .collect::<Result<Vec<_>>>()?;
+            let sum = |parts: &[(Tensor, Tensor)]| -> Result<Vec<u32>> {
+                let parts: Vec<_> = parts.iter().map(|(ids, table)| (ids, table)).collect();
+                let y = embedding_sum(&parts)?.narrow(0, 0, FEW)?.flatten_all()?;
+                Ok(y.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+            };
+            assert_eq!(sum(&parts)?, sum(&few)?, "{tables} tables of width {width}");
+        }
     }
     Ok(())
 }
@@ -129,6 +158,15 @@ fn rows_out_of_range(device: &Device) -> Result<()> {
         let found: Vec<_> = values(&y)?.chunks(24).map(|row| row[0].is_nan()).collect();
         assert_eq!(found, [false, true, true, false]);
         let grads = y.sum_all()?.backward()?;
+        if dtype == DType::F32 {
+            let ones = table.ones_like()?.detach();
+            let zero = rows.zeros_like()?;
+            let sum = embedding_sum(&[(&zero, &ones), (&rows, &table.as_detached_tensor())])?;
+            let expected = values(&(y.detach() + 1.0)?)?;
+            for (got, expected) in values(&sum)?.iter().zip(expected) {
+                assert!(got.is_nan() == expected.is_nan() && (got.is_nan() || *got == expected));
+            }
+        }
         let sums: Vec<f64> = values(grads.get(&table).context("no gradient")?)?
             .chunks(24)
             .map(|row| row.iter().sum())

@@ -11,7 +11,8 @@ device_tests!(
     matches_reference,
     large_mean,
     narrow_matches_reference,
-    narrow_is_a_cast_after
+    narrow_is_a_cast_after,
+    rows_are_their_own
 );
 
 const EPS: f64 = 1e-5;
@@ -168,6 +169,32 @@ fn narrow_is_a_cast_after(device: &Device) -> Result<()> {
                 let same = bits(got)? == bits(expected)?;
                 ensure!(same, "{shape:?} {dtype:?}: tensor {i} differs");
             }
+        }
+    }
+    Ok(())
+}
+
+/// The bits of a row do not depend on how many others there are.
+fn rows_are_their_own(device: &Device) -> Result<()> {
+    const FEW: usize = 9;
+    const TIMES: usize = 500;
+    for (from, to) in [
+        (DType::F32, DType::F32),
+        (DType::F32, DType::BF16),
+        (DType::F32, DType::F16),
+        (DType::BF16, DType::BF16),
+        (DType::F16, DType::F16),
+    ] {
+        for width in [5, 136, 264, 768, 1000, 1024, 1032] {
+            let inputs = inputs(&[FEW, width], from);
+            let [x, weight, bias] = inputs.each_ref().map(|input| input.var(device));
+            let (x, weight, bias) = (x?.as_detached_tensor(), weight?, bias?);
+            let op = |x: &Tensor| layer_norm_as(x, &weight, &bias, EPS, to);
+            let few = bits(&op(&x)?)?.repeat(TIMES);
+            let many = op(&x.repeat((TIMES, 1))?)?;
+            ensure!(many.dtype() == to, "{from:?} to {:?}", many.dtype());
+            let same = bits(&many)? == few;
+            ensure!(same, "{from:?} to {to:?}, width {width}: rows differ");
         }
     }
     Ok(())
