@@ -105,6 +105,7 @@ template <class T, int kThreads, bool kChunks>
 __device__ __forceinline__ void write_derivatives(const T* x, T* d, int64_t label, float lse,
                                                   float scale, int64_t vocab) {
   auto derivative = [&](int64_t i, float logit) {
+    if (scale == 0.0f) return 0.0f;  // also where logits are not finite
     const float p = exp2_approx((logit - lse) * kLog2e);
     return (i == label ? p - 1.0f : p) * scale;
   };

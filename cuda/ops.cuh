@@ -27,7 +27,7 @@ int for_element(int32_t dtype, F&& f) {
 
 // Whether rows are so few that a row is for several warps: with one each, they would leave most of the
 // device idle. Results are the same bits either way.
-inline bool few_rows(int64_t rows) { return rows <= 2048; }
+inline bool few_rows(int64_t rows) { return rows <= 512; }
 
 inline bool aligned_to_16(std::initializer_list<const void*> pointers) {
   for (const void* pointer : pointers) {

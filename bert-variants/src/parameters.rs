@@ -4,9 +4,9 @@
 //! of a layer are one parameter, `attention.self.qkv`, so that they are one matrix product.
 //! `names.rs` says what the weights are called on disk.
 
-use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
@@ -76,7 +76,7 @@ pub struct Parameters {
     index: HashMap<String, usize>,
     frozen: HashSet<String>,
     /// Values in the dtype that models compute in, by name, once one asked for them.
-    rounded: RefCell<HashMap<String, Var>>,
+    rounded: Arc<Mutex<HashMap<String, Var>>>,
 }
 
 impl Parameters {
@@ -116,7 +116,7 @@ impl Parameters {
             index: index.collect(),
             vars,
             frozen: HashSet::new(),
-            rounded: RefCell::default(),
+            rounded: Arc::default(),
         })
     }
 
@@ -190,7 +190,7 @@ impl Parameters {
         if dtype == DType::F32 {
             return Ok(tensor);
         }
-        let mut rounded = self.rounded.borrow_mut();
+        let mut rounded = self.lock_rounded();
         let var = match rounded.entry(name.to_string()) {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(place) => {
@@ -210,7 +210,11 @@ impl Parameters {
 
     /// The values that [`Self::get_as`] gave.
     pub(crate) fn rounded(&self, name: &str) -> Option<Var> {
-        self.rounded.borrow().get(name).cloned()
+        self.lock_rounded().get(name).cloned()
+    }
+
+    fn lock_rounded(&self) -> MutexGuard<'_, HashMap<String, Var>> {
+        self.rounded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes out the gradients of the trained parameters, in their order.

@@ -491,14 +491,18 @@ pub fn read_run(path: &Path) -> Result<Run> {
 /// Writes `bytes` to `path` so that the name never holds a part of them, whoever else writes there.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut temp = path.as_os_str().to_owned();
-    temp.push(format!(".{}.tmp", std::process::id()));
+    temp.push(format!(".{:016x}.tmp", rand::random::<u64>()));
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&temp)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temp, path)
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    let written = write();
+    if written.is_err() {
+        fs::remove_file(&temp).ok();
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn open_scalars(dir: &Path) -> Result<FileWriter> {

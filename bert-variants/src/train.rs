@@ -79,8 +79,8 @@ pub struct TrainConfig {
     /// Keep of each layer its input alone for the backward pass, which runs the layer again.
     #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainConfig::default().gradient_checkpointing, num_args = 0..=1, default_missing_value = "true")]
     pub gradient_checkpointing: bool,
-    /// On a GPU, launch steps of few tokens as CUDA graphs where lengths of sequences come again and there
-    /// is no dropout.
+    /// On a GPU, launch steps of up to 8192 tokens as CUDA graphs where lengths of sequences come again
+    /// and there is no dropout. They take the memory of a step once more.
     #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainConfig::default().cuda_graphs, num_args = 0..=1, default_missing_value = "true")]
     pub cuda_graphs: bool,
     /// Arithmetic of the model; weights and optimizer are f32 always.

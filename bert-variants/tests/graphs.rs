@@ -194,12 +194,18 @@ fn train(
         ..TrainConfig::default()
     };
     let parameters = Parameters::init(&config, 1, device)?;
+    let weights = || -> Result<Vec<Vec<f32>>> {
+        let weights = parameters.vars().iter().map(|(_, var)| bits(var));
+        weights.collect()
+    };
+    let before = weights()?;
     let mut learner = Learner::new(&settings, &config, parameters.clone(), 1)?;
     let mut numbers = Vec::new();
     for step in 0..8u32 {
         let batches = [40, 33].map(|len| {
             let input_ids = ids(len, step);
-            let label_positions: Vec<u32> = (1..=3 + step * 2).rev().collect();
+            let last = 3 + step * 2 + len as u32 % 5;
+            let label_positions: Vec<u32> = (1..=last).rev().collect();
             let labels = label_positions.iter().map(|at| input_ids[*at as usize]);
             Batch {
                 labels: labels.collect(),
@@ -213,8 +219,15 @@ fn train(
         numbers.extend([update.loss, update.grad_norm]);
     }
     let numbers: Result<Vec<f32>> = numbers.iter().map(|x| Ok(x.to_scalar()?)).collect();
-    let weights = parameters.vars().iter().map(|(_, var)| bits(var));
-    Ok((numbers?, weights.collect::<Result<_>>()?))
+    ensure!(
+        cuda_graphs == (learner.num_graphs() > 0),
+        "graphs are as asked"
+    );
+    let after = weights()?;
+    for (before, after) in before.iter().zip(&after) {
+        ensure!(before != after, "a parameter was not trained");
+    }
+    Ok((numbers?, after))
 }
 
 #[test]
@@ -232,11 +245,6 @@ fn steps_are_those_of_kernel_by_kernel() -> Result<()> {
                 let far = (got - expected).abs() > bound * expected.abs();
                 ensure!(!far, "{name}, number {i}: got {got}, expected {expected}");
             }
-            let first = &eager.0[..2];
-            ensure!(
-                eager.0.chunks(2).skip(1).all(|step| step != first),
-                "{name}: nothing is learnt"
-            );
         }
     }
     Ok(())

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 pub use input::{InputConfig, Shape};
 
-use crate::config::{BertConfig, ModelType};
+use crate::config::{BertConfig, Dropouts, ModelType};
 use crate::data::Batch;
 use crate::memory::PeakMeter;
 use crate::model::{LanguageModel, MAX_GRAPH_TOKENS, Tokens};
@@ -163,7 +163,7 @@ pub struct Row {
     pub dtype: Precision,
     /// The device.
     pub device: String,
-    /// Whether passes were launched as CUDA graphs: not with --data.
+    /// Whether passes were launched as CUDA graphs: not where lengths differ, nor training with dropout.
     pub graphs: bool,
 }
 
@@ -310,6 +310,7 @@ impl Bench<'_> {
             dtype,
             device: device_name(&self.device)?,
             graphs: self.graphs()
+                && (job.pass == Pass::Infer || job.model.dropout == Dropouts::default())
                 && (batches.iter()).all(|batch| batch.input_ids.len() <= MAX_GRAPH_TOKENS),
         })
     }

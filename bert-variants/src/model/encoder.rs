@@ -148,7 +148,7 @@ impl Encoder {
     }
 
     /// Launches a pass as one CUDA graph where lengths of sequences come again, as launches are most of what
-    /// small batches take: from the second batch of equal `cu_seqlens` on, for the
+    /// small batches take: from the second batch of equal `cu_seqlens` and as many tokens asked for on, for the
     /// [`MAX_GRAPHS`](super::MAX_GRAPHS) such used last, of up to
     /// [`MAX_GRAPH_TOKENS`](super::MAX_GRAPH_TOKENS) tokens. Results are the same bits. Each keeps memory
     /// for its hidden states, and all together for a pass.
@@ -201,9 +201,13 @@ impl Encoder {
     fn check(&self, tokens: &Tokens, rows: Option<&[u32]>) -> Result<()> {
         tokens.check(&self.stack.config)?;
         let count = tokens.ids.len();
-        rows.map_or(Ok(()), |rows| {
-            check_ids("position", rows, count, "number of tokens")
-        })
+        if let Some(highest) = rows.and_then(|rows| rows.iter().max()) {
+            ensure!(
+                (*highest as usize) < count,
+                "got position {highest}, but there are {count} tokens, numbered from 0"
+            );
+        }
+        Ok(())
     }
 
     /// What [`Self::forward_inputs`] takes for the hidden states of some tokens.

@@ -9,10 +9,10 @@ use candle_rope_attn::Graph;
 
 use super::encoder::{Inputs, Stack, Tokens};
 
-/// Kinds of passes that an encoder keeps graphs of, or has seen once.
+/// Kinds of passes that an encoder keeps graphs of, or has seen once, and of training steps that a learner does.
 pub const MAX_GRAPHS: usize = 64;
 
-/// Tokens of a pass that is launched as a graph: with more, kernels take longer than their launches.
+/// Tokens of a pass or a training step that is launched as a graph: with more, kernels take longer than their launches.
 pub const MAX_GRAPH_TOKENS: usize = 8192;
 
 /// See [`Encoder::with_graphs`](super::Encoder::with_graphs).

@@ -179,28 +179,22 @@ impl LanguageModel {
     /// # Errors
     /// As [`LanguageModel::logits`], and when the batch has no labels.
     pub fn loss(&self, batch: &Batch, dropout_seed: Option<u64>) -> Result<Tensor> {
-        self.loss_of(&self.upload(batch, 1)?, dropout_seed)
+        self.loss_of(&self.upload(batch, batch.labels.len())?, dropout_seed)
     }
 
-    /// What [`Self::loss_of`] takes. Labels that are [`IGNORED`] bring their number to a multiple of
-    /// `multiple`.
-    pub(crate) fn upload(&self, batch: &Batch, multiple: usize) -> Result<LabelledInputs> {
+    /// What [`Self::loss_of`] takes, with labels that are [`IGNORED`] as far as there are fewer than `count`.
+    pub(crate) fn upload(&self, batch: &Batch, count: usize) -> Result<LabelledInputs> {
         self.check_labels(batch)?;
-        let [positions, labels] = padded_labels(batch, multiple);
+        let [positions, labels] = padded_labels(batch, count);
         let inputs = self.encoder.upload(&batch.into(), &positions)?;
         let labels = upload(&labels, inputs.ids.device())?;
         Ok(LabelledInputs { inputs, labels })
     }
 
-    /// Puts another batch with the same `cu_seqlens` and padded number of labels in the place of one.
-    pub(crate) fn overwrite(
-        &self,
-        to: &LabelledInputs,
-        batch: &Batch,
-        multiple: usize,
-    ) -> Result<()> {
+    /// Puts another batch with the same `cu_seqlens` in the place of one, and as many labels with ignored ones.
+    pub(crate) fn overwrite(&self, to: &LabelledInputs, batch: &Batch) -> Result<()> {
         self.check_labels(batch)?;
-        let [positions, labels] = padded_labels(batch, multiple);
+        let [positions, labels] = padded_labels(batch, to.labels.elem_count());
         self.encoder
             .overwrite(&to.inputs, &batch.into(), &positions)?;
         Ok(overwrite(&to.labels, &labels)?)
@@ -256,6 +250,12 @@ impl LanguageModel {
             !batch.labels.is_empty(),
             "the batch has no labels: no token was masked; raise the mask rate or the batch size"
         );
+        ensure!(
+            batch.labels.len() == batch.label_positions.len(),
+            "got {} labels for {} positions, expected one for each",
+            batch.labels.len(),
+            batch.label_positions.len()
+        );
         let vocab_size = self.encoder.config().vocab_size;
         check_ids("label", &batch.labels, vocab_size, "vocab_size")
     }
@@ -268,9 +268,8 @@ pub(crate) struct LabelledInputs {
     pub labels: Tensor,
 }
 
-/// Positions and labels of a batch, with as many ignored ones as bring them to a multiple.
-fn padded_labels(batch: &Batch, multiple: usize) -> [Vec<u32>; 2] {
-    let count = batch.labels.len().next_multiple_of(multiple);
+/// Positions and labels of a batch, and then ignored ones.
+fn padded_labels(batch: &Batch, count: usize) -> [Vec<u32>; 2] {
     [(&batch.label_positions, 0), (&batch.labels, IGNORED)].map(|(values, padding)| {
         let mut values = values.clone();
         values.resize(count, padding);

@@ -176,7 +176,9 @@ fn effect(key: &str) -> Option<Effect> {
         return None;
     }
     Some(match last {
-        "device" | "code_version" | "threads" => Effect::Speed,
+        "device" | "code_version" | "threads" | "cuda_graphs" | "gradient_checkpointing" => {
+            Effect::Speed
+        }
         _ if words().any(|word| ["data", "lr", "batch", "steps"].contains(&word)) => Effect::Unfair,
         _ if section != "model_config" && any(&HARMLESS) => Effect::Harmless,
         "_name_or_path" | "transformers_version" => Effect::Harmless,
@@ -196,6 +198,10 @@ mod tests {
         assert_eq!(effect("model_config.rope_scaling.factor"), None);
         assert_eq!(effect("model_config.auto_map.AutoModel"), None);
         assert_eq!(effect("model_config.is_decoder"), None);
+        assert_eq!(
+            effect("train_config.train.cuda_graphs"),
+            Some(Effect::Speed)
+        );
         assert_eq!(effect("train_config.optimizer.lr"), Some(Effect::Unfair));
         assert_eq!(effect("train_config.data_dir"), Some(Effect::Unfair));
         assert_eq!(effect("train_config.output_dir"), Some(Effect::Harmless));

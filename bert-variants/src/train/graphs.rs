@@ -9,20 +9,41 @@ use super::learner::{Core, Pass, Share, Update};
 use crate::data::Batch;
 use crate::model::{LabelledInputs, MAX_GRAPHS};
 
-/// Labels of a batch are filled up to a multiple, as their number is another in each.
+/// Labels are filled up to a multiple, as their number is another in each batch.
 const LABELS: usize = 64;
 
 /// Steps by what a graph cannot change, those used last at the end.
 #[derive(Default)]
 pub(super) struct StepGraphs {
     list: Vec<Kind>,
-    /// Once a capture failed.
+    /// Once a graph failed.
     off: bool,
 }
 
+/// What a graph cannot change.
+#[derive(PartialEq)]
+struct Shapes {
+    /// Of each batch.
+    cu_seqlens: Vec<Vec<usize>>,
+    /// Labels of each batch with ignored ones: the same, as numbers that differ would make many kinds.
+    labels: usize,
+}
+
+impl Shapes {
+    fn of(batches: &[Batch]) -> Self {
+        let labels = batches.iter().map(|batch| batch.labels.len()).max();
+        Self {
+            cu_seqlens: batches
+                .iter()
+                .map(|batch| batch.cu_seqlens.clone())
+                .collect(),
+            labels: labels.unwrap_or(0).next_multiple_of(LABELS),
+        }
+    }
+}
+
 struct Kind {
-    /// `cu_seqlens` and number of labels of each batch.
-    shapes: Vec<(Vec<usize>, usize)>,
+    shapes: Shapes,
     /// None while it was seen once.
     captured: Option<(Graph, Inputs)>,
 }
@@ -36,10 +57,10 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn upload(core: &Core, batches: &[Batch]) -> Result<Self> {
+    fn upload(core: &Core, batches: &[Batch], shapes: &Shapes) -> Result<Self> {
         let on_device = batches
             .iter()
-            .map(|batch| core.model.upload(batch, LABELS))
+            .map(|batch| core.model.upload(batch, shapes.labels))
             .collect::<Result<_>>()?;
         let labels = upload(&[count_labels(batches)], core.parameters.device())?;
         Ok(Self {
@@ -50,7 +71,7 @@ impl Inputs {
 
     fn overwrite(&self, core: &Core, batches: &[Batch]) -> Result<()> {
         for (inputs, batch) in self.batches.iter().zip(batches) {
-            core.model.overwrite(inputs, batch, LABELS)?;
+            core.model.overwrite(inputs, batch)?;
         }
         Ok(overwrite(&self.labels, &[count_labels(batches)])?)
     }
@@ -80,17 +101,18 @@ impl StepGraphs {
     /// A step, of which only what the batches hold may be another at each: kernel by kernel the first two
     /// times that there are such shapes, later as a graph, which gives the same bits.
     pub fn step(&mut self, core: &Core, batches: &[Batch]) -> Result<Update> {
-        let shapes = batches.iter().map(|batch| {
-            let labels = batch.labels.len().next_multiple_of(LABELS);
-            (batch.cu_seqlens.clone(), labels)
-        });
-        let (at, new) = self.find(shapes.collect());
+        let (at, new) = self.find(Shapes::of(batches));
         let kind = &mut self.list[at];
         if let Some((graph, inputs)) = &mut kind.captured {
             inputs.overwrite(core, batches)?;
-            return update(&graph.replay()?.copy()?);
+            match graph.replay() {
+                Ok(result) => return update(&result.copy()?),
+                // Nothing was launched.
+                Err(error) => self.give_up(&error),
+            }
+            return self.step(core, batches);
         }
-        let inputs = Inputs::upload(core, batches)?;
+        let inputs = Inputs::upload(core, batches, &kind.shapes)?;
         if new || self.off {
             return update(&inputs.step(core)?);
         }
@@ -103,16 +125,25 @@ impl StepGraphs {
         let done = update(&result.copy()?);
         match Graph::capture_rehearsed(device, result, work) {
             Ok(graph) => kind.captured = Some((graph, inputs)),
-            Err(error) => {
-                tracing::warn!("going on without CUDA graphs: {error:#}");
-                self.off = true;
-            }
+            Err(error) => self.give_up(&error),
         }
         done
     }
 
+    /// Kinds that are captured.
+    pub fn len(&self) -> usize {
+        let captured = self.list.iter().filter(|kind| kind.captured.is_some());
+        captured.count()
+    }
+
+    fn give_up(&mut self, error: &candle_core::Error) {
+        tracing::warn!("going on without CUDA graphs: {error:#}");
+        self.off = true;
+        self.list.clear();
+    }
+
     /// Where steps of these shapes are in the list, and whether there was none before.
-    fn find(&mut self, shapes: Vec<(Vec<usize>, usize)>) -> (usize, bool) {
+    fn find(&mut self, shapes: Shapes) -> (usize, bool) {
         let found = self.list.iter().rposition(|kind| kind.shapes == shapes);
         let kind = match found {
             Some(at) => self.list.remove(at),
@@ -136,4 +167,30 @@ fn update(numbers: &Tensor) -> Result<Update> {
         grad_norm: numbers.get(1)?,
         gradients: Vec::new(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_come_again_and_the_oldest_leave() {
+        let mut graphs = StepGraphs::default();
+        // Two batches, of which the first has so many labels.
+        let mut is_new = |len: usize, labels: usize| {
+            let batches = [(len, labels), (5, 1)].map(|(len, labels)| Batch {
+                input_ids: vec![1; len],
+                cu_seqlens: vec![0, len],
+                label_positions: vec![0; labels],
+                labels: vec![2; labels],
+            });
+            graphs.find(Shapes::of(&batches)).1
+        };
+        assert!(is_new(9, 3) && !is_new(9, 3) && !is_new(9, LABELS));
+        assert!(is_new(9, LABELS + 1) && is_new(8, 3));
+        for len in 10..10 + MAX_GRAPHS {
+            assert!(is_new(len, 3));
+        }
+        assert!(is_new(9, 3));
+    }
 }

@@ -104,12 +104,17 @@ impl Learner {
         update.map_err(explain_out_of_memory)
     }
 
+    /// Kinds of steps, by their lengths, that are launched as a CUDA graph.
+    pub fn num_graphs(&self) -> usize {
+        self.graphs.as_ref().map_or(0, StepGraphs::len)
+    }
+
     fn passes(&self, batches: &[Batch], step: u64) -> Result<Vec<Pass>> {
         let labels: usize = batches.iter().map(|batch| batch.labels.len()).sum();
         let passes = (0u64..).zip(batches).map(|(pass, batch)| {
             let place = [step.to_le_bytes(), pass.to_le_bytes()].concat();
             Ok(Pass {
-                inputs: self.core.model.upload(batch, 1)?,
+                inputs: self.core.model.upload(batch, batch.labels.len())?,
                 dropout_seed: Some(xxh3_64_with_seed(&place, self.seed)),
                 share: Share::Number(batch.labels.len() as f64 / labels as f64),
             })
@@ -163,6 +168,37 @@ mod tests {
     use super::*;
     use crate::config::ModelType;
     use crate::train::Precision;
+
+    #[test]
+    fn ignored_labels_change_nothing_but_the_mean() -> Result<()> {
+        let config = BertConfig::new(ModelType::Roformer, 40, 2, 16, 2, 32);
+        let parameters = Parameters::init(&config, 1, &Device::Cpu)?;
+        let model = LanguageModel::new(&config, &parameters, true, DType::F32)?;
+        let mut batch = Batch {
+            input_ids: (0..20).collect(),
+            cu_seqlens: vec![0, 20],
+            label_positions: vec![3, 0, 7],
+            labels: vec![30, 31, 5],
+        };
+        let gradients = |count: usize, share: f64| -> Result<Vec<Vec<f32>>> {
+            let inputs = model.upload(&batch, count)?;
+            let (loss, tape) = Tape::record(|| model.loss_of(&inputs, None))?;
+            let mut found = Gradients::default();
+            tape.backward(&loss, share, &mut found)?;
+            let mut values = vec![(loss * share)?.reshape(1)?];
+            values.extend(parameters.gradients(&mut found)?);
+            let values = values.iter().map(|x| Ok(x.flatten_all()?.to_vec1()?));
+            values.collect()
+        };
+        let (expected, got) = (gradients(3, 1.0)?, gradients(64, 64.0 / 3.0)?);
+        for (expected, got) in expected.iter().flatten().zip(got.iter().flatten()) {
+            assert!((expected - got).abs() < 1e-5, "{expected} {got}");
+        }
+        batch.labels.pop();
+        let error = model.upload(&batch, 2).err().map(|error| error.to_string());
+        assert!(error.is_some_and(|error| error.contains("2 labels for 3 positions")));
+        Ok(())
+    }
 
     #[test]
     fn a_model_made_after_steps_sees_them() -> Result<()> {
