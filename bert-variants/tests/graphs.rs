@@ -221,7 +221,9 @@ fn train(
     let numbers: Result<Vec<f32>> = numbers.iter().map(|x| Ok(x.to_scalar()?)).collect();
     ensure!(
         cuda_graphs == (learner.num_graphs() > 0),
-        "graphs are as asked"
+        "{} {dtype:?}: {} graphs where cuda_graphs is {cuda_graphs}",
+        model_type.name(),
+        learner.num_graphs()
     );
     let after = weights()?;
     for (before, after) in before.iter().zip(&after) {
@@ -235,6 +237,8 @@ fn steps_are_those_of_kernel_by_kernel() -> Result<()> {
     let Some((device, _turn)) = gpu()? else {
         return Ok(());
     };
+    // Says why a step could not be captured.
+    bert_variants::init_logging();
     for model_type in ModelType::value_variants() {
         for (dtype, bound) in [(Precision::F32, 1e-4), (Precision::Bf16, 2e-2)] {
             let name = format!("{} {dtype:?}", model_type.name());

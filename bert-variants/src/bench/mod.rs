@@ -13,7 +13,7 @@ use serde::Serialize;
 
 pub use input::{InputConfig, Shape};
 
-use crate::config::{BertConfig, Dropouts, ModelType};
+use crate::config::{BertConfig, ModelType};
 use crate::data::Batch;
 use crate::memory::PeakMeter;
 use crate::model::{LanguageModel, MAX_GRAPH_TOKENS, Tokens};
@@ -310,7 +310,7 @@ impl Bench<'_> {
             dtype,
             device: device_name(&self.device)?,
             graphs: self.graphs()
-                && (job.pass == Pass::Infer || job.model.dropout == Dropouts::default())
+                && (job.pass == Pass::Infer || !job.model.dropout.any())
                 && (batches.iter()).all(|batch| batch.input_ids.len() <= MAX_GRAPH_TOKENS),
         })
     }

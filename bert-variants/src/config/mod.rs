@@ -170,6 +170,11 @@ impl Dropouts {
         }
     }
 
+    /// Whether anything is dropped anywhere.
+    pub(crate) fn any(&self) -> bool {
+        self.all().iter().any(|p| *p > 0.0)
+    }
+
     fn all(&self) -> [f64; 6] {
         let classifier = self.classifier.unwrap_or(0.0);
         [

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::TrainConfig;
 use super::graphs::StepGraphs;
-use crate::config::{BertConfig, Dropouts};
+use crate::config::BertConfig;
 use crate::data::Batch;
 use crate::model::{LabelledInputs, LanguageModel, MAX_GRAPH_TOKENS};
 use crate::parameters::Parameters;
@@ -69,9 +69,8 @@ impl Learner {
     ) -> Result<Self> {
         let model = LanguageModel::new(model_config, &parameters, true, config.dtype.dtype())?
             .with_checkpointing(config.gradient_checkpointing);
-        let graphs = config.cuda_graphs
-            && parameters.device().is_cuda()
-            && model_config.dropout == Dropouts::default();
+        let on_gpu = parameters.device().is_cuda();
+        let graphs = config.cuda_graphs && on_gpu && !model_config.dropout.any();
         Ok(Self {
             core: Core {
                 model: Arc::new(model),
