@@ -148,8 +148,8 @@ impl Encoder {
     }
 
     /// Launches a pass as one CUDA graph where lengths of sequences come again, as launches are most of what
-    /// small batches take: from the second batch of equal `cu_seqlens` and as many tokens asked for on, for the
-    /// [`MAX_GRAPHS`](super::MAX_GRAPHS) such used last, of up to
+    /// small batches take: from the second batch of equal `cu_seqlens` and as many tokens asked for on, for
+    /// the [`MAX_GRAPHS`](super::MAX_GRAPHS) such used last, of up to
     /// [`MAX_GRAPH_TOKENS`](super::MAX_GRAPH_TOKENS) tokens. Results are the same bits. Each keeps memory
     /// for its hidden states, and all together for a pass.
     ///

@@ -9,24 +9,60 @@ use candle_rope_attn::Graph;
 
 use super::encoder::{Inputs, Stack, Tokens};
 
-/// Kinds of passes that an encoder keeps graphs of, or has seen once, and of training steps that a learner does.
+/// Kinds of passes that an encoder keeps graphs of, or has seen once, and of training steps that a
+/// learner does.
 pub const MAX_GRAPHS: usize = 64;
 
-/// Tokens of a pass or a training step that is launched as a graph: with more, kernels take longer than their launches.
+/// Tokens of a pass or a training step that is launched as a graph: with more, kernels take longer than
+/// their launches.
 pub const MAX_GRAPH_TOKENS: usize = 8192;
+
+/// Work of one kind.
+pub(crate) struct Kind<K, C> {
+    /// What a graph cannot change.
+    pub key: K,
+    /// None while it was seen once.
+    pub captured: Option<C>,
+}
+
+/// The kind with that key, and whether it is new: then it takes the place of the oldest that may go if
+/// there are [`MAX_GRAPHS`], and is none where none may. Those used last are at the end of the list.
+pub(crate) fn find<K: PartialEq, C>(
+    list: &mut Vec<Kind<K, C>>,
+    key: K,
+    may_go: impl Fn(&Kind<K, C>) -> bool,
+) -> Option<(&mut Kind<K, C>, bool)> {
+    let found = list.iter().rposition(|kind| kind.key == key);
+    let kind = match found {
+        Some(at) => list.remove(at),
+        None => {
+            if list.len() == MAX_GRAPHS {
+                let oldest = list.iter().position(may_go)?;
+                list.remove(oldest);
+            }
+            Kind {
+                key,
+                captured: None,
+            }
+        }
+    };
+    list.push(kind);
+    list.last_mut().map(|kind| (kind, found.is_none()))
+}
 
 /// See [`Encoder::with_graphs`](super::Encoder::with_graphs).
 #[derive(Default)]
 pub(super) struct Graphs(Mutex<Passes>);
 
-/// Passes by what a graph cannot change, those used last at the end.
 #[derive(Default)]
 struct Passes {
-    list: Vec<Pass>,
+    list: Vec<Kind<Pass, (Graph, Inputs)>>,
     /// Once a graph failed.
     off: bool,
 }
 
+/// What the graph of a pass cannot change.
+#[derive(PartialEq)]
 struct Pass {
     /// Each thread has its own order of work, and so its own inputs and results.
     thread: ThreadId,
@@ -34,19 +70,26 @@ struct Pass {
     has_types: bool,
     /// How many tokens are asked for, if not all.
     rows: Option<usize>,
-    /// None while it was seen once.
-    captured: Option<(Graph, Inputs)>,
 }
 
 impl Pass {
-    fn is_of(&self, thread: ThreadId, tokens: &Tokens, rows: Option<&[u32]>) -> bool {
-        self.thread == thread
-            && self.rows == rows.map(<[u32]>::len)
-            && self.has_types == tokens.token_type_ids.is_some()
-            && self.cu_seqlens == tokens.cu_seqlens
+    fn of(thread: ThreadId, tokens: &Tokens, rows: Option<&[u32]>) -> Self {
+        Self {
+            thread,
+            cu_seqlens: tokens.cu_seqlens.to_vec(),
+            has_types: tokens.token_type_ids.is_some(),
+            rows: rows.map(<[u32]>::len),
+        }
+    }
+}
+
+impl Kind<Pass, (Graph, Inputs)> {
+    /// Whether its memory is in use in no other thread.
+    fn may_go(&self, thread: ThreadId) -> bool {
+        self.key.thread == thread || self.captured.is_none()
     }
 
-    /// Last hidden states of tokens that it [is of](Self::is_of).
+    /// Last hidden states of tokens of this kind.
     fn forward(
         &mut self,
         stack: &Arc<Stack>,
@@ -83,43 +126,20 @@ impl Graphs {
             return None;
         }
         let thread = thread::current().id();
-        let hidden = find(&mut passes.list, thread, tokens, rows)?.forward(stack, tokens, rows);
+        let key = Pass::of(thread, tokens, rows);
+        let (kind, new) = find(&mut passes.list, key, |kind| kind.may_go(thread))?;
+        if new {
+            return None;
+        }
+        let hidden = kind.forward(stack, tokens, rows);
         if let Err(error) = &hidden {
             tracing::warn!("going on without CUDA graphs: {error:#}");
             passes.off = true;
             // The memory of another thread's graph may be in use there.
-            passes.list.retain(|pass| pass.thread != thread);
+            passes.list.retain(|kind| kind.key.thread != thread);
         }
         hidden.ok()
     }
-}
-
-/// The pass of these tokens, if they were seen before.
-fn find<'a>(
-    passes: &'a mut Vec<Pass>,
-    thread: ThreadId,
-    tokens: &Tokens,
-    rows: Option<&[u32]>,
-) -> Option<&'a mut Pass> {
-    let is_it = |pass: &Pass| pass.is_of(thread, tokens, rows);
-    if let Some(at) = passes.iter().rposition(is_it) {
-        let pass = passes.remove(at);
-        passes.push(pass);
-        return passes.last_mut();
-    }
-    if passes.len() == MAX_GRAPHS {
-        let may_go = |pass: &Pass| pass.thread == thread || pass.captured.is_none();
-        let oldest = passes.iter().position(may_go)?;
-        passes.remove(oldest);
-    }
-    passes.push(Pass {
-        thread,
-        cu_seqlens: tokens.cu_seqlens.to_vec(),
-        has_types: tokens.token_type_ids.is_some(),
-        rows: rows.map(<[u32]>::len),
-        captured: None,
-    });
-    None
 }
 
 #[cfg(test)]
@@ -138,7 +158,8 @@ mod tests {
                 cu_seqlens: &[0, length],
                 token_type_ids: types.then_some(&types_of[..]),
             };
-            find(&mut passes, thread, &tokens, rows).is_some()
+            let key = Pass::of(thread, &tokens, rows);
+            find(&mut passes, key, |kind| kind.may_go(thread)).is_some_and(|(_, new)| !new)
         };
         assert!(!seen(here, 1, false, None));
         assert!(seen(here, 1, false, None));

@@ -8,6 +8,7 @@ mod graphs;
 mod heads;
 mod layers;
 
+pub(crate) use graphs::{Kind, find};
 pub(crate) use heads::{LabelledInputs, classification_loss};
 
 pub use encoder::{Encoder, Tokens};

@@ -7,20 +7,20 @@ use candle_rope_attn::ops::{overwrite, upload};
 
 use super::learner::{Core, Pass, Share, Update};
 use crate::data::Batch;
-use crate::model::{LabelledInputs, MAX_GRAPHS};
+use crate::model::{Kind, LabelledInputs, find};
 
 /// Labels are filled up to a multiple, as their number is another in each batch.
 const LABELS: usize = 64;
 
-/// Steps by what a graph cannot change, those used last at the end.
+/// Graphs of the steps whose shapes were used last.
 #[derive(Default)]
 pub(super) struct StepGraphs {
-    list: Vec<Kind>,
+    list: Vec<Kind<Shapes, (Graph, Inputs)>>,
     /// Once a graph failed.
     off: bool,
 }
 
-/// What a graph cannot change.
+/// What the graph of a step cannot change.
 #[derive(PartialEq)]
 struct Shapes {
     /// Of each batch.
@@ -40,12 +40,6 @@ impl Shapes {
             labels: labels.unwrap_or(0).next_multiple_of(LABELS),
         }
     }
-}
-
-struct Kind {
-    shapes: Shapes,
-    /// None while it was seen once.
-    captured: Option<(Graph, Inputs)>,
 }
 
 /// The batches of a step on the device.
@@ -78,10 +72,10 @@ impl Inputs {
 
     /// Loss and norm of the gradients `[2]` of a step.
     fn step(&self, core: &Core) -> Result<Tensor> {
-        let labels = self.labels.to_dtype(DType::F32)?;
+        let per_label = self.labels.to_dtype(DType::F32)?.recip()?;
         let passes = self.batches.iter().map(|inputs| {
             // The mean of a batch is over ignored labels too.
-            let share = (labels.recip()? * inputs.labels.elem_count() as f64)?;
+            let share = (&per_label * inputs.labels.elem_count() as f64)?;
             Ok(Pass {
                 inputs: inputs.clone(),
                 dropout_seed: None,
@@ -101,8 +95,9 @@ impl StepGraphs {
     /// A step, of which only what the batches hold may be another at each: kernel by kernel the first two
     /// times that there are such shapes, later as a graph, which gives the same bits.
     pub fn step(&mut self, core: &Core, batches: &[Batch]) -> Result<Update> {
-        let (at, new) = self.find(Shapes::of(batches));
-        let kind = &mut self.list[at];
+        let Some((kind, new)) = find(&mut self.list, Shapes::of(batches), |_| true) else {
+            unreachable!("any may go for another")
+        };
         if let Some((graph, inputs)) = &mut kind.captured {
             inputs.overwrite(core, batches)?;
             match graph.replay() {
@@ -112,7 +107,7 @@ impl StepGraphs {
             }
             return self.step(core, batches);
         }
-        let inputs = Inputs::upload(core, batches, &kind.shapes)?;
+        let inputs = Inputs::upload(core, batches, &kind.key)?;
         if new || self.off {
             return update(&inputs.step(core)?);
         }
@@ -141,23 +136,6 @@ impl StepGraphs {
         self.off = true;
         self.list.clear();
     }
-
-    /// Where steps of these shapes are in the list, and whether there was none before.
-    fn find(&mut self, shapes: Shapes) -> (usize, bool) {
-        let found = self.list.iter().rposition(|kind| kind.shapes == shapes);
-        let kind = match found {
-            Some(at) => self.list.remove(at),
-            None => Kind {
-                shapes,
-                captured: None,
-            },
-        };
-        if self.list.len() == MAX_GRAPHS {
-            self.list.remove(0);
-        }
-        self.list.push(kind);
-        (self.list.len() - 1, found.is_none())
-    }
 }
 
 /// Of loss and norm `[2]`.
@@ -172,10 +150,11 @@ fn update(numbers: &Tensor) -> Result<Update> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::MAX_GRAPHS;
 
     #[test]
     fn steps_come_again_and_the_oldest_leave() {
-        let mut graphs = StepGraphs::default();
+        let mut list = StepGraphs::default().list;
         // Two batches, of which the first has so many labels.
         let mut is_new = |len: usize, labels: usize| {
             let batches = [(len, labels), (5, 1)].map(|(len, labels)| Batch {
@@ -184,7 +163,8 @@ mod tests {
                 label_positions: vec![0; labels],
                 labels: vec![2; labels],
             });
-            graphs.find(Shapes::of(&batches)).1
+            let found = find(&mut list, Shapes::of(&batches), |_| true);
+            found.expect("any may go").1
         };
         assert!(is_new(9, 3) && !is_new(9, 3) && !is_new(9, LABELS));
         assert!(is_new(9, LABELS + 1) && is_new(8, 3));
