@@ -11,10 +11,10 @@
 //         load its own 128 rows of the left operand, and half of the 256 columns of the right one,
 //         for both blocks (TMA multicast)
 //     two multiplying warpgroups, 64 rows each:
-//       sum = left right + bias (wgmma)
+//       sum = left right (wgmma), plus the bias that the finishing warp left in shared memory
 //       each warp leaves its 16 rows, rounded, in shared memory
 //     eight finishing warps, one for each that multiplies:
-//       gelu backward: read pre ahead; rope: find the rows' positions
+//       leave the bias; gelu backward: read pre ahead; rope: find the rows' positions
 //       for each row, 8 columns a lane: apply the epilogue, and write 512 contiguous bytes
 //       gelu backward: add dx up over a warp's rows, then over warps, into partial
 //
@@ -31,6 +31,8 @@
 //      stores that expect no reader: 333, 370 -> 307, 339.
 //   5. Few rows go to cuBLAS, which splits them further: of 128 rows, gelu takes 17.5 here and 6.3 +
 //      2.6 there, rope 21 and 6.2 + the rotation (ncu, one H200).
+//   6. The bias by way of the finishing warps, not read from device memory between two tiles: rope 217
+//      -> 200, gelu 322 -> 313 (one H200; cuBLAS' products 195 and 266).
 // Of no use: pre or dx written by the TMA (320, 356 -> 323, 394), pre fetched to L2 a tile ahead
 // (339 -> 366), one half of the columns after the other. m64n256 needs 154 registers a thread, more
 // than a block of five warpgroups starts with, and the compiler then refuses it.
@@ -79,7 +81,7 @@ template <class T>
 struct GemmShared {
   T left[kStages][kTileM * kTileK], right[kStages][kTileN * kTileK];
   T staged[kWarps][16 * kTileN];  // a warp's rows on their way to the finishing warp
-  float sums[kWarps][kTileN];
+  float columns[kWarps][kTileN];  // of a warp: the bias, or sums of its rows
   Barrier full[kStages], empty[kStages], staged_full[kWarps], staged_empty[kWarps];
 
   __device__ __forceinline__ static GemmShared& get() {
@@ -136,18 +138,6 @@ __device__ __forceinline__ void produce(const GemmParams& p) {
   }
 }
 
-// Adds to a thread's accumulators of 16 columns; `bias` is that of its first.
-template <class T>
-__device__ __forceinline__ void add_bias(float* x, const T* bias) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(bias + 8 * i));
-    const T* const b = reinterpret_cast<const T*>(&two);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[4 * i + j] += to_float(b[j % 2]);
-  }
-}
-
 template <class T, class Epilogue>
 __device__ __forceinline__ void multiply(const GemmParams& p) {
   auto& shared = GemmShared<T>::get();
@@ -190,12 +180,20 @@ __device__ __forceinline__ void multiply(const GemmParams& p) {
     pin(sum[1]);
     release(last);
 
-    wait(shared.staged_empty + warp, staged_ring.parity ^ 1);
+    wait(shared.staged_empty + warp, staged_ring.parity);
 #pragma unroll
     for (int n = 0; n < kTileN / 8; n += 2) {
       float* const x = sum[n / (kTileN / 16)] + n % (kTileN / 16) * 4;
-      if (Epilogue::has_bias(p) && tile.column0 + n / 8 * 64 < p.columns) {
-        add_bias<T>(x, static_cast<const T*>(p.bias) + tile.column0 + n * 8 + lane % 4 * 2);
+      if constexpr (Epilogue::kBias) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          const float2 bias = *reinterpret_cast<const float2*>(
+              shared.columns[warp] + n * 8 + 2 * i + lane % 4 * 2);
+          x[i] += bias.x;
+          x[i + 1] += bias.y;
+          x[i + 2] += bias.x;
+          x[i + 3] += bias.y;
+        }
       }
       stmatrix(smem_address(staged + swizzled<16>(lane % 16, n * 8 + lane / 16 * 8)),
                pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]),
@@ -239,6 +237,15 @@ struct FinishRows {
         first(int64_t{row0} * p.columns + column),
         staged(GemmShared<T>::get().staged[warp]) {}
 
+  // Leaves the bias, or zeros, where the multiplying warp finds it at the end of the tile.
+  __device__ __forceinline__ void stage_bias(const GemmParams& p) const {
+    float x[8] = {};
+    if (p.bias != nullptr && column < p.columns) {
+      unpack<T>(x, __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + column)));
+    }
+    store_f32(GemmShared<T>::get().columns[warp] + lane * 8, x);
+  }
+
   // This lane's part of a row of one of the matrices [rows, columns].
   __device__ __forceinline__ uint4* at(const GemmParams& p, void* matrix, int row) const {
     return reinterpret_cast<uint4*>(static_cast<T*>(matrix) + first + int64_t{row} * p.columns);
@@ -251,11 +258,10 @@ struct FinishRows {
 
 // An epilogue is made before the sums of a tile are there, takes row after row of them, and ends
 // the tile. With kSummedRows the right operand is [summed, columns], else [columns, summed].
-// has_bias is known at compile time where it can be: 338 -> 326 for gelu.
 template <class T, bool kKeepPre>
 struct GeluEpilogue {
   static constexpr bool kSummedRows = false;
-  __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return true; }
+  static constexpr bool kBias = true;
   static constexpr int kUnroll = 1;
 
   __device__ __forceinline__ GeluEpilogue(const GemmParams&, const FinishRows<T>&) {}
@@ -283,7 +289,7 @@ using GeluOnlyEpilogue = GeluEpilogue<T, false>;
 template <class T>
 struct GeluBackwardEpilogue {
   static constexpr bool kSummedRows = true;
-  __device__ __forceinline__ static constexpr bool has_bias(const GemmParams&) { return false; }
+  static constexpr bool kBias = false;
   static constexpr int kAhead = 4, kUnroll = kAhead;  // rows of pre that are on their way
 
   uint4 ahead[kAhead];
@@ -322,13 +328,13 @@ struct GeluBackwardEpilogue {
                                       const FinishRows<T>& rows) {
     static_assert(kWarps * 32 == kTileN, "a finishing thread sums a column");
     auto& shared = GemmShared<T>::get();
-    store_f32(shared.sums[rows.warp] + rows.lane * 8, column_sums);
+    store_f32(shared.columns[rows.warp] + rows.lane * 8, column_sums);
     sync_group(1, kWarps * 32);
     const int thread = rows.warp * 32 + rows.lane;
     if (tile.row0 < p.rows && tile.column0 + thread < p.columns) {
       float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared.sums[w][thread];
+      for (int w = 0; w < kWarps; ++w) total += shared.columns[w][thread];
       p.partial[int64_t{tile.row0 / kTileM} * p.columns + tile.column0 + thread] = total;
     }
     sync_group(1, kWarps * 32);
@@ -339,7 +345,7 @@ struct GeluBackwardEpilogue {
 template <class T>
 struct RotateEpilogue {
   static constexpr bool kSummedRows = false;
-  __device__ __forceinline__ static bool has_bias(const GemmParams& p) { return p.bias != nullptr; }
+  static constexpr bool kBias = true;
   static constexpr int kUnroll = 2;
 
   int position;  // of row lane % 16
@@ -396,12 +402,13 @@ __device__ __forceinline__ void finish(const GemmParams& p) {
   Ring<1> ring;
   for (GemmTile tile(p); tile.valid(p); tile.next(p)) {
     const FinishRows<T> rows(p, tile, warp);
+    if constexpr (Epilogue::kBias) rows.stage_bias(p);
+    __syncwarp();
+    if (rows.lane == 0) arrive(shared.staged_empty + warp);
     Epilogue epilogue(p, rows);
     wait(shared.staged_full + warp, ring.parity);
 #pragma unroll Epilogue::kUnroll
     for (int row = 0; row < 16; ++row) epilogue.row(p, rows, row);
-    __syncwarp();
-    if (rows.lane == 0) arrive(shared.staged_empty + warp);
     ring.next();
     epilogue.end(p, tile, rows);
   }
