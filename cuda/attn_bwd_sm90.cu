@@ -5,7 +5,8 @@
 //   it owns blocks of keys and walks over queries. One thread block a multiprocessor; for each
 //   block of rows in its share of the work:
 //     one producer thread: load the block's a0, a1 (q, d_o, and o; or k, v), then the tiles b0, b1
-//       (k, v; or q, d_o and their statistics) into a ring of stages (TMA)
+//       (k, v; or q, d_o and their statistics) into a ring of stages (TMA); if RoPE, last the angles
+//       of the block's rows
 //     each consumer warpgroup, for its 64 rows:
 //       dq: statistics (lse, delta = dot(d_o, o)) of its queries, kept and written for dk and dv
 //       for each tile:
@@ -13,7 +14,8 @@
 //         await s; p = exp(s - lse), 0 where masked
 //         await ds; ds = p * (ds - delta)
 //         start dv += p b1 (dk, dv only), start dq or dk += ds b0
-//       dq, dk *= scale; if RoPE, rotate them back in registers
+//       if RoPE, await the angles and rotate dq or dk back in registers
+//       dq, dk *= scale
 //       if asked for, add the sums of their columns, and of dv's, to the warp's own partial sums
 //   if asked for: d_qkv_sums = the sums of all partial sums
 //
@@ -30,6 +32,10 @@
 //   3. head_dim 128: turns at the tensor cores: 366 -> 388 (512), 489 -> 533 (2048). head_dim 64 is
 //      1% faster without, as its products outlast its exponentials anyway.
 //   4. d_qkv_sums from registers, instead of by a kernel that reads dq, dk and dv again.
+//   5. RoPE's angles through the ring. What they add at S = 128, 512, 2048 with 12 heads (one H200,
+//      us of 183, 388, 1217): read from device memory after the last product, each lane the numbers
+//      it needs, 63, 62, 65; in longer pieces before its end, and exchanged between lanes, 46, 35, 30;
+//      through the ring 10, 12, 8. Without reading them at all, 8, 9, 6.
 #include "ops.cuh"
 #include "sm90_common.cuh"
 
@@ -100,7 +106,7 @@ template <class T, int D, bool kKeys>
 struct BwdShared {
   using S = BwdSm90<D, kKeys>;
   T a[S::kBuffers][S::kResident][S::kM * D];
-  T b[S::kStages][2][S::kN * D];                         // k, v; or q, d_o
+  T b[S::kStages][2][S::kN * D];  // k, v; or q, d_o; after a block's last, the angles of its rows
   float stats[kKeys ? S::kStages : 1][2][kKeys ? S::kN : S::kM];  // lse_log2, delta
   BwdItem item[S::kBuffers];
   Barrier a_full[S::kBuffers], a_empty[S::kBuffers], b_full[S::kStages], b_empty[S::kStages];
@@ -127,7 +133,7 @@ inline int64_t sums_columns(const AttnParams& p) {
 }
 
 struct BwdSm90Params : BwdWork {
-  CUtensorMap a_maps[3], b_maps[2];
+  CUtensorMap a_maps[3], b_maps[2], angle_maps[2];
   float* lse_log2;
   float* delta;
   float* sums;
@@ -202,6 +208,22 @@ __device__ __forceinline__ void produce(const BwdSm90Params& p) {
       if constexpr (kKeys) {
         bulk_load(shared.stats[ring.stage][0], p.lse_log2 + item.stats + row, S::kN * 4, b_full);
         bulk_load(shared.stats[ring.stage][1], p.delta + item.stats + row, S::kN * 4, b_full);
+      }
+      ring.next();
+    }
+    if (p.rope_cos == nullptr) continue;
+    // A stage holds the angles of as many rows as a tile has.
+    for (int row = 0; row < S::kM; row += S::kN) {
+      wait(shared.b_empty + ring.stage, ring.parity ^ 1);
+      Barrier* const b_full = shared.b_full + ring.stage;
+      arrive_expect(b_full, 2 * S::kN * D * 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int c = 0; c < D / 64; ++c) {
+          tma_load(shared.b[ring.stage][i] + c * S::kN * 64, p.angle_maps[i], b_full, c * 64,
+                   item.row0 + row);
+        }
       }
       ring.next();
     }
@@ -411,7 +433,19 @@ __device__ __forceinline__ void consume(const BwdSm90Params& p) {
 
     // All warps of the group are done with their rows of a: stage the results there.
     sync_group(1 + group, 128);
-    if (rope.cos != nullptr) rotate_back<D>(d0, rope, warp_row0, len);
+    if (rope.cos != nullptr) {
+#pragma unroll
+      for (int first = 0; first < kM; first += kN) {
+        wait(shared.b_full + ring.stage, ring.parity);
+        if (kM == kN || group_row / kN * kN == first) {
+          const auto& angles = shared.b[ring.stage];
+          rotate_back<D, kN>(d0, angles[0], angles[1], warp_row % kN + lane / 4, rope.interleaved);
+        }
+        __syncwarp();
+        release(shared.b_empty + ring.stage);
+        ring.next();
+      }
+    }
     if (p.d_qkv_sums != nullptr) {
       const int64_t sums_row = int64_t{blockIdx.x} * (S::kConsumers / 32) + warp;
       float* const sums = p.sums + sums_row * 3 * p.num_heads * D;
@@ -471,6 +505,10 @@ int bwd(const KernelParams& params, float* sums) {
   const AttnTensor* const b[] = {kKeys ? &p.q : &p.k, kKeys ? &p.d_o : &p.v};
   for (int i = 0; i < S::kResident; ++i) ATTN_RETURN_IF(tile_map(p, *a[i], S::kM, p.a_maps[i]));
   for (int i = 0; i < 2; ++i) ATTN_RETURN_IF(tile_map(p, *b[i], S::kN, p.b_maps[i]));
+  if (p.rope_cos != nullptr) {
+    ATTN_RETURN_IF(angle_map(p, p.rope_cos, S::kN, p.angle_maps[0]));
+    ATTN_RETURN_IF(angle_map(p, p.rope_sin, S::kN, p.angle_maps[1]));
+  }
   return launch_persistent(bwd_sm90_kernel<T, D, kKeys>, p.units, S::kThreads,
                            sizeof(BwdShared<T, D, kKeys>), p);
 }

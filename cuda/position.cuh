@@ -29,6 +29,7 @@ struct Rope {
     float cos[W], sin[W];
     bool interleaved;
 
+    Turn() = default;
     __device__ __forceinline__ Turn(const Rope& rope, int pos, int pair0, bool inverse)
         : interleaved(rope.interleaved) {
       const int64_t entry = static_cast<int64_t>(pos) * rope.half + pair0;

@@ -36,6 +36,13 @@ inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensor
   return encode_tiles(map, t.ptr, dims, strides, box);
 }
 
+// The same for a table of angles, two columns a number, in boxes of `rows` rows.
+inline int angle_map(const AttnParams& p, const float* table, int rows, CUtensorMap& map) {
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  return encode_tiles<2>(map, const_cast<float*>(table), {size(p.head_dim), size(p.seqlen)},
+                         {size(p.head_dim) * 2}, {64, static_cast<cuuint32_t>(rows)});
+}
+
 // ---- Launch --------------------------------------------------------------------------------------
 
 constexpr int kMostMultiprocessors = 144;  // of any device of compute capability 9.0
@@ -61,25 +68,38 @@ __device__ __forceinline__ float (&flat(float (&s)[NT][4]))[NT * 4] {
   return reinterpret_cast<float(&)[NT * 4]>(s);
 }
 
-// Rotates the 64 rows of a warpgroup in place.
+// The angles of a warpgroup's 64 rows of a tile, read before the tile is there.
 template <class T, int D, int kRows>
-__device__ __forceinline__ void rotate_rows(T* tile, const Rope& rope, int row0, int pos0,
-                                            int end) {
-  constexpr int W = 8, kUnits = D / 2 / W;
-  for (int index = threadIdx.x % 128; index < 64 * kUnits; index += 128) {
-    const int r = index / kUnits, pair0 = index % kUnits * W;
-    if (pos0 + r >= end) break;
-    T* run0 = tile + swizzled<kRows>(row0 + r, rope.column(pair0, 0, W));
-    T* run1 = tile + swizzled<kRows>(row0 + r, rope.column(pair0, 1, W));
-    const Rope::Turn<W> turn(rope, pos0 + r, pair0, false);
-    float x[2][W];
-    load_vec<T, W>(x[0], run0);
-    load_vec<T, W>(x[1], run1);
-    turn.apply(x);
-    store_vec<T, W>(run0, x[0]);
-    store_vec<T, W>(run1, x[1]);
+struct TileAngles {
+  static constexpr int W = 8, kUnits = D / 2 / W, kSteps = 64 * kUnits / 128;
+  Rope::Turn<W> turns[kSteps];
+
+  // The first row is at position pos0. Rows from `end` on, of which one is before, get any angles.
+  __device__ __forceinline__ void load(const Rope& rope, int pos0, int end) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int index = threadIdx.x % 128 + 128 * i;
+      turns[i] = Rope::Turn<W>(rope, min(pos0 + index / kUnits, end - 1), index % kUnits * W, false);
+    }
   }
-}
+
+  // Rotates the rows from row0 on in place.
+  __device__ __forceinline__ void rotate(T* tile, const Rope& rope, int row0) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int index = threadIdx.x % 128 + 128 * i;
+      const int row = row0 + index / kUnits, pair0 = index % kUnits * W;
+      T* run0 = tile + swizzled<kRows>(row, rope.column(pair0, 0, W));
+      T* run1 = tile + swizzled<kRows>(row, rope.column(pair0, 1, W));
+      float x[2][W];
+      load_vec<T, W>(x[0], run0);
+      load_vec<T, W>(x[1], run1);
+      turns[i].apply(x);
+      store_vec<T, W>(run0, x[0]);
+      store_vec<T, W>(run1, x[1]);
+    }
+  }
+};
 
 // Zeroes those of a tile's rows row0 to row0 + count (keys k0 and on) that are padding and so may
 // hold anything: 0 * NaN must not reach a result. A warpgroup together; mask is null or the
@@ -137,23 +157,24 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[K][4], const float (&s)
   }
 }
 
-// Rotates accumulators back, in f32; a thread's first row is at position pos0 + lane / 4.
-template <int D>
-__device__ __forceinline__ void rotate_back(float (&x)[D / 8][4], const Rope& rope, int pos0,
-                                            int end) {
-  const int lane = lane_id(), t = lane % 4;
+// Rotates accumulators back, in f32. A thread's first row is row `row` of the angles, tiles of kRows
+// rows whose D / 2 numbers lie as D elements of 16 bits would.
+template <int D, int kRows>
+__device__ __forceinline__ void rotate_back(float (&x)[D / 8][4], const void* cos, const void* sin,
+                                            int row, bool interleaved) {
+  const int t = lane_id() % 4;
+  asm volatile("" : "+r"(row));  // or addresses would be kept through the caller's loop
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int pos = pos0 + 8 * h + lane / 4;
-    if (pos >= end) continue;
-    const int64_t row = static_cast<int64_t>(pos) * (D / 2);
     auto turn = [&](float& a, float& b, int pair) {
-      const float c = __ldg(rope.cos + row + pair), s = __ldg(rope.sin + row + pair);
+      const unsigned entry = swizzled<kRows>(row + 8 * h, 2 * pair) / 2;
+      const float c = static_cast<const float*>(cos)[entry];
+      const float s = static_cast<const float*>(sin)[entry];
       const float ra = a * c + b * s;
       b = b * c - a * s;
       a = ra;
     };
-    if (rope.interleaved) {
+    if (interleaved) {
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) turn(x[n][2 * h], x[n][2 * h + 1], 4 * n + t);
     } else {
