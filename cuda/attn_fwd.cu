@@ -168,17 +168,23 @@ template <class T>
 int fwd(const AttnParams& params) {
   KernelParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o});
+  const bool keep = p.rope_cos != nullptr && p.rotated != nullptr && !p.qk_rotated;
+  AttnTensor rotated_q = {};
   if (p.qk_rotated) {
     p.rope_cos = p.rope_sin = nullptr;
-  } else if (p.rope_cos != nullptr && p.rotated != nullptr) {
-    ATTN_RETURN_IF(rotate_qk<T>(p, p.rotated));
-    p.rope_cos = p.rope_sin = nullptr;
   } else if (p.rope_cos != nullptr) {
-    const AttnTensor rotated = workspace_tensor(p, p.workspace);
-    ATTN_RETURN_IF(rotate<T>(p, p.k, rotated));
-    p.k = rotated;
+    const AttnTensor rotated_k =
+        keep ? rotated_tensor(p, p.rotated, 1) : workspace_tensor(p, p.workspace);
+    ATTN_RETURN_IF(rotate<T>(p, p.k, rotated_k));
+    p.k = rotated_k;
+    if (keep) rotated_q = rotated_tensor(p, p.rotated, 0);
   }
-  if (suits_sm90(p, {&p.q, &p.k, &p.v})) return fwd_sm90(p);
+  if (suits_sm90(p, {&p.q, &p.k, &p.v})) return fwd_sm90(p, rotated_q);
+  if (keep) {
+    ATTN_RETURN_IF(rotate<T>(p, p.q, rotated_q));
+    p.q = rotated_q;
+    p.rope_cos = p.rope_sin = nullptr;
+  }
   return for_head_dim(p, [&]<int D>() {
     return p.bias_or_dropout() ? fwd_portable<T, D, true>(p) : fwd_portable<T, D, false>(p);
   });

@@ -8,8 +8,8 @@
 //       for each tile of keys that the block sees, for each of its runs of one head's tiles:
 //         load k, v into a ring of stages (TMA), for the warpgroups that see them
 //     each consumer warpgroup, for its 64 queries:
-//       if RoPE, rotate q in shared memory, by angles read while the block before ended (k comes
-//         rotated)
+//       if RoPE, rotate q in shared memory, by angles read while the block before ended, and leave
+//         it for the backward if asked to (k comes rotated)
 //       s = q k_0^T; p = softmax numerators of s; l = rowsum p
 //       for each further tile j:
 //         in turn with the other warpgroups: start s = q k_j^T, start o += p v_(j-1)
@@ -126,11 +126,12 @@ struct FwdShared {
 // of the next line, or of the same line if that is the last, so that all units take equally long.
 struct FwdSm90Params : KernelParams {
   CUtensorMap q_map, k_map, v_map;
+  AttnTensor rotated_q;  // where to leave them, or a null ptr
   int line_heads, band, parts, sequence_units, units;
 
   // For blocks of `groups` tiles; heads of more than max_shared tiles share no blocks.
-  FwdSm90Params(const KernelParams& p, int groups, int max_shared)
-      : KernelParams(p), parts(p.causal ? 2 : 1), sequence_units(), units(-1) {
+  FwdSm90Params(const KernelParams& p, const AttnTensor& rotated_q, int groups, int max_shared)
+      : KernelParams(p), rotated_q(rotated_q), parts(p.causal ? 2 : 1), sequence_units(), units(-1) {
     const int tiles = ceil_div(seqlen, 64);
     line_heads = tiles <= max_shared ? groups : 1;
     band = causal || window_left >= 0 || window_right >= 0 ? 2 : tiles;
@@ -438,7 +439,11 @@ __device__ __forceinline__ void consume(const FwdSm90Params& p) {
     T* const q = shared.q[q_ring.stage];
     wait(shared.q_full + q_ring.stage, q_ring.parity);
     if (rope.cos != nullptr) {
-      angles.rotate(q, rope, group_row);
+      T* const rotated = p.rotated_q.ptr == nullptr
+                             ? nullptr
+                             : head_ptr<T>(p.rotated_q, item.batch, tile.head, item.first_row) +
+                                   group_q0 * p.rotated_q.row_stride;
+      angles.rotate(q, rope, group_row, rotated, p.rotated_q.row_stride, len - group_q0);
       fence_async();
       sync_group(1 + group, 128);
     }
@@ -616,9 +621,9 @@ __global__ void __launch_bounds__(FwdSm90<D>::kThreads, 1)
 }
 
 template <class T, int D>
-int fwd(const KernelParams& params) {
+int fwd(const KernelParams& params, const AttnTensor& rotated_q) {
   using S = FwdSm90<D>;
-  FwdSm90Params p(params, S::kGroups, S::kMaxShared);
+  FwdSm90Params p(params, rotated_q, S::kGroups, S::kMaxShared);
   ATTN_RETURN_IF(tile_map(p, p.q, 64, p.q_map));
   ATTN_RETURN_IF(tile_map(p, p.k, S::kN, p.k_map));
   ATTN_RETURN_IF(tile_map(p, p.v, S::kN, p.v_map));
@@ -626,8 +631,8 @@ int fwd(const KernelParams& params) {
                            sizeof(FwdShared<T, D>), p);
 }
 
-int fwd_sm90(const KernelParams& p) {
-  return for_sm90(p, [&]<class T, int D>() { return fwd<T, D>(p); });
+int fwd_sm90(const KernelParams& p, const AttnTensor& rotated_q) {
+  return for_sm90(p, [&]<class T, int D>() { return fwd<T, D>(p, rotated_q); });
 }
 
 }  // namespace attn

@@ -83,20 +83,28 @@ struct TileAngles {
     }
   }
 
-  // Rotates the rows from row0 on in place.
-  __device__ __forceinline__ void rotate(T* tile, const Rope& rope, int row0) const {
+  // Rotates the rows from row0 on in place, and writes the first `count` of them also to the rows of
+  // `out` (a [*, D] matrix) unless that is null.
+  __device__ __forceinline__ void rotate(T* tile, const Rope& rope, int row0, T* out,
+                                         int64_t row_stride, int count) const {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int index = threadIdx.x % 128 + 128 * i;
-      const int row = row0 + index / kUnits, pair0 = index % kUnits * W;
-      T* run0 = tile + swizzled<kRows>(row, rope.column(pair0, 0, W));
-      T* run1 = tile + swizzled<kRows>(row, rope.column(pair0, 1, W));
+      const int row = index / kUnits, pair0 = index % kUnits * W;
+      const int column[] = {rope.column(pair0, 0, W), rope.column(pair0, 1, W)};
       float x[2][W];
-      load_vec<T, W>(x[0], run0);
-      load_vec<T, W>(x[1], run1);
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        load_vec<T, W>(x[run], tile + swizzled<kRows>(row0 + row, column[run]));
+      }
       turns[i].apply(x);
-      store_vec<T, W>(run0, x[0]);
-      store_vec<T, W>(run1, x[1]);
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        store_vec<T, W>(tile + swizzled<kRows>(row0 + row, column[run]), x[run]);
+        if (out != nullptr && row < count) {
+          store_vec<T, W>(out + row * row_stride + column[run], x[run]);
+        }
+      }
     }
   }
 };
