@@ -3,8 +3,10 @@
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
     CpuStorage, CudaStorage, DType, DeviceLocation, Layout, Result, Storage, StorageRef, Tensor,
-    bail,
+    WithDType, bail,
 };
+
+use crate::ops::cpu::values;
 
 /// Where the elements of a tensor lie, for the time that its storage is locked.
 #[derive(Clone, Copy)]
@@ -33,6 +35,12 @@ impl<'a> Operand<'a> {
             Self::Cpu(storage, layout) => Ok((storage, layout)),
             Self::Cuda(storage, _) => mixed(storage.device().location()),
         }
+    }
+
+    /// The values of a contiguous tensor on the CPU.
+    pub fn values<T: WithDType>(self) -> Result<&'a [T]> {
+        let (storage, layout) = self.cpu()?;
+        values(storage, layout)
     }
 
     /// On a GPU.

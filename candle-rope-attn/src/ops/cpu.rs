@@ -3,7 +3,7 @@
 //! Work is split by size alone, never by the number of threads, and partial sums are added in
 //! order, so results are the same bits on any number of threads.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, WithDType, bail};
+use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 use rayon::prelude::*;
 
 use crate::element::Element;
@@ -33,21 +33,7 @@ macro_rules! with_element {
 }
 pub(crate) use with_element;
 
-/// The values of a contiguous tensor on the CPU.
-pub(crate) fn tensor_values<'a, T: WithDType>(
-    storage: &'a Storage,
-    layout: &Layout,
-) -> Result<&'a [T]> {
-    match storage {
-        Storage::Cpu(storage) => values(storage, layout),
-        _ => bail!(
-            "got a tensor on {:?}, expected the CPU",
-            storage.device().location()
-        ),
-    }
-}
-
-/// The same of its storage.
+/// The values of a contiguous tensor.
 pub(crate) fn values<'a, T: WithDType>(
     storage: &'a CpuStorage,
     layout: &Layout,

@@ -8,7 +8,7 @@ use candle_core::{Storage, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 use super::Saved;
-use super::cpu::{exp, max, sum, tensor_values, values, vectorized, with_element, zeros};
+use super::cpu::{exp, max, sum, values, vectorized, with_element, zeros};
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
@@ -168,8 +168,8 @@ impl CustomOp3 for CrossEntropyBackward<'_> {
         let (rows, vocab) = logits_layout.shape().dims2()?;
         let labels = values::<u32>(labels, labels_layout)?;
         let scale = values::<f32>(grad, grad_layout)?[0] / rows as f32;
-        let (lse, lse_layout) = self.lse.storage_and_layout();
-        let lse = tensor_values::<f32>(&lse, lse_layout)?;
+        let lse = Locked::new(self.lse);
+        let lse = lse.operand()?.values::<f32>()?;
         let d_logits = with_element!(logits.dtype(), T => {
             let logits = values::<T>(logits, logits_layout)?;
             let mut d_logits = zeros(logits.len());
@@ -211,8 +211,7 @@ pub(super) fn cross_entropy_in_place(
     let labels = Locked::new(labels);
     match logits {
         Storage::Cpu(CpuStorage::F32(logits)) => {
-            let (labels, layout) = labels.operand()?.cpu()?;
-            let labels = values::<u32>(labels, layout)?;
+            let labels = labels.operand()?.values::<u32>()?;
             let row = |(row, label): (&mut [f32], &u32)| {
                 vectorized(
                     #[inline(always)]

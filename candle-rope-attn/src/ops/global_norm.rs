@@ -3,8 +3,9 @@
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::{tensor_values, vectorized, with_element};
+use super::cpu::{vectorized, with_element};
 use crate::element::{Element, check_dtype};
+use crate::operand::Locked;
 
 /// Elements whose squares one task sums.
 const BLOCK: usize = 1 << 16;
@@ -43,9 +44,10 @@ pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
 fn cpu(tensors: &[Tensor]) -> Result<Tensor> {
     let mut total = 0.0;
     for tensor in tensors {
-        let (storage, layout) = tensor.storage_and_layout();
-        let blocks: Vec<f64> = with_element!(tensor.dtype(), T => {
-            tensor_values::<T>(&storage, layout)?.par_chunks(BLOCK).map(sum_of_squares).collect()
+        let tensor = Locked::new(tensor);
+        let operand = tensor.operand()?;
+        let blocks: Vec<f64> = with_element!(operand.dtype(), T => {
+            operand.values::<T>()?.par_chunks(BLOCK).map(sum_of_squares).collect()
         });
         total += blocks.iter().sum::<f64>();
     }

@@ -8,10 +8,11 @@ use candle_core::{IndexOp, WithDType};
 use rayon::prelude::*;
 
 use super::Saved;
-use super::cpu::{sum, sum_vectors, sum2, tensor_values, values, vectorized, with_element, zeros};
+use super::cpu::{sum, sum_vectors, sum2, values, vectorized, with_element, zeros};
 #[cfg(feature = "cuda")]
 use crate::cuda::ops as cuda;
 use crate::element::{Element, check_dtype};
+use crate::operand::Locked;
 use crate::tape::{self, Gradient};
 
 /// Rows that one task takes.
@@ -282,8 +283,8 @@ impl CustomOp3 for LayerNormBackward<'_> {
     ) -> Result<(CpuStorage, Shape)> {
         let weight = values::<f32>(weight, weight_layout)?;
         let width = weight.len();
-        let (stats, stats_layout) = self.stats.storage_and_layout();
-        let stats = tensor_values::<f32>(&stats, stats_layout)?;
+        let stats = Locked::new(self.stats);
+        let stats = stats.operand()?.values::<f32>()?;
         let (dx, partial) = with_elements!(x.dtype(), grad.dtype(), X, Y => {
             let (x, grad) = (values::<X>(x, x_layout)?, values::<Y>(grad, grad_layout)?);
             let mut dx = zeros(x.len());

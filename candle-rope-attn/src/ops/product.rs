@@ -4,7 +4,6 @@ use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::cpu::values;
 use crate::operand::{Locked, Operand};
 
 /// A matrix of contiguous rows `[.., columns]`, or its transpose.
@@ -78,16 +77,17 @@ impl Product<'_> {
         }
         let [rows, inner, columns] = self.sizes();
         let mut y = match self.add {
-            Some(add) => f32s(add)?.to_vec(),
+            Some(add) => add.values::<f32>()?.to_vec(),
             None => vec![0.0; rows * columns],
         };
         if let Some(bias) = self.bias {
-            let bias = f32s(bias)?;
+            let bias = bias.values::<f32>()?;
             y.par_chunks_mut(columns.max(1))
                 .with_min_len(128)
                 .for_each(|row| row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
         }
-        let (left, right) = (f32s(self.left.operand)?, f32s(self.right.operand)?);
+        let left = self.left.operand.values::<f32>()?;
+        let right = self.right.operand.values::<f32>()?;
         if [left.len(), right.len(), y.len()] != [rows * inner, inner * columns, rows * columns] {
             bail!("product: the matrices do not fit: {:?}", self.sizes())
         }
@@ -124,11 +124,6 @@ impl Product<'_> {
         }
         Ok(y)
     }
-}
-
-fn f32s(operand: Operand<'_>) -> Result<&[f32]> {
-    let (storage, layout) = operand.cpu()?;
-    values(storage, layout)
 }
 
 /// `left right + add` of contiguous tensors, in `dtype`.
