@@ -35,7 +35,7 @@
 //   5. RoPE's angles through the ring. What they add at S = 128, 512, 2048 with 12 heads (one H200,
 //      us of 183, 388, 1217): read from device memory after the last product, each lane the numbers
 //      it needs, 63, 62, 65; in longer pieces before its end, and exchanged between lanes, 46, 35, 30;
-//      through the ring 10, 12, 8. Without reading them at all, 8, 9, 6.
+//      through the ring 10, 12, 8. Without reading them at all, 8, 13, 6.
 #include "ops.cuh"
 #include "sm90_common.cuh"
 
