@@ -5,8 +5,8 @@
 //   it owns blocks of keys and walks over queries. One thread block a multiprocessor; for each
 //   block of rows in its share of the work:
 //     one producer thread: load the block's a0, a1 (q, d_o, and o; or k, v), then the tiles b0, b1
-//       (k, v; or q, d_o and their statistics) into a ring of stages (TMA); if RoPE, last the angles
-//       of the block's rows
+//       (k, v; or q, d_o and their statistics) into a ring of stages (TMA), and there, if RoPE, the
+//       angles of the block's rows
 //     each consumer warpgroup, for its 64 rows:
 //       dq: statistics (lse, delta = dot(d_o, o)) of its queries, kept and written for dk and dv
 //       for each tile:
@@ -32,10 +32,10 @@
 //   3. head_dim 128: turns at the tensor cores: 366 -> 388 (512), 489 -> 533 (2048). head_dim 64 is
 //      1% faster without, as its products outlast its exponentials anyway.
 //   4. d_qkv_sums from registers, instead of by a kernel that reads dq, dk and dv again.
-//   5. RoPE's angles through the ring. What they add at S = 128, 512, 2048 with 12 heads (one H200,
-//      us of 183, 388, 1217): read from device memory after the last product, each lane the numbers
-//      it needs, 63, 62, 65; in longer pieces before its end, and exchanged between lanes, 46, 35, 30;
-//      through the ring 10, 12, 8. Without reading them at all, 8, 13, 6.
+//   5. RoPE's angles through the ring. What RoPE adds at S = 128, 512, 2048 with 12 heads (one H200,
+//      several runs, us of 183, 390, 1220, each +-5): angles read from device memory after the last
+//      product, by each lane those it needs, 64, 62, 65; in longer pieces before its end, exchanged
+//      between lanes, 46, 31, 34; through the ring 10, 11, 4; not read at all, 8, 13, 6.
 #include "ops.cuh"
 #include "sm90_common.cuh"
 

@@ -2,7 +2,7 @@
 // the backward.
 //
 //   if RoPE: workspace <- rotated k                    (one pass, 16-byte accesses), or q and k,
-//            kept for the backward
+//            kept for the backward (on Hopper q by the kernel there)
 //   for each block of queries of each head (one thread block):
 //     load q; if RoPE, rotate it in shared memory
 //     for each tile of keys that some query of the block sees:

@@ -44,8 +44,8 @@
 //      causal warpgroups see about as much as their neighbours: on one H200, at 512, 1024, 2048 and
 //      8192, 387, 434, 515, 550 -> 412, 475, 516, 539; causal 231, 280, 397, 498 -> 265, 349, 420,
 //      496.
-//   7. Angles read a block ahead: with 12 heads and RoPE, at 128, 512 and 2048, 110, 176, 455 -> 99,
-//      167, 455 us, of which rotating k ahead takes 30.
+//   7. Angles read a block ahead: with 12 heads and RoPE, at 128, 512 and 2048, 110, 176, 455
+//      -> 99, 167, 455 us, of which rotating k ahead takes 30.
 #include "sm90_common.cuh"
 #include "softmax.cuh"
 
@@ -131,7 +131,8 @@ struct FwdSm90Params : KernelParams {
 
   // For blocks of `groups` tiles; heads of more than max_shared tiles share no blocks.
   FwdSm90Params(const KernelParams& p, const AttnTensor& rotated_q, int groups, int max_shared)
-      : KernelParams(p), rotated_q(rotated_q), parts(p.causal ? 2 : 1), sequence_units(), units(-1) {
+      : KernelParams(p), rotated_q(rotated_q), parts(p.causal ? 2 : 1), sequence_units(),
+        units(-1) {
     const int tiles = ceil_div(seqlen, 64);
     line_heads = tiles <= max_shared ? groups : 1;
     band = causal || window_left >= 0 || window_right >= 0 ? 2 : tiles;

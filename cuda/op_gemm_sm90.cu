@@ -31,8 +31,8 @@
 //      stores that expect no reader: 333, 370 -> 307, 339.
 //   5. Few rows go to cuBLAS, which splits them further: of 128 rows, gelu takes 17.5 here and 6.3 +
 //      2.6 there, rope 21 and 6.2 + the rotation (ncu, one H200).
-//   6. The bias by way of the finishing warps, not read from device memory between two tiles: rope 217
-//      -> 200, gelu 322 -> 313 (one H200; cuBLAS' products 195 and 266).
+//   6. The bias by way of the finishing warps, not read from device memory between two tiles: rope
+//      217 -> 200, gelu 322 -> 313 (one H200; cuBLAS' products 195 and 266).
 // Of no use: pre or dx written by the TMA (320, 356 -> 323, 394), pre fetched to L2 a tile ahead
 // (339 -> 366), one half of the columns after the other. m64n256 needs 154 registers a thread, more
 // than a block of five warpgroups starts with, and the compiler then refuses it.
@@ -81,8 +81,9 @@ template <class T>
 struct GemmShared {
   T left[kStages][kTileM * kTileK], right[kStages][kTileN * kTileK];
   T staged[kWarps][16 * kTileN];  // a warp's rows on their way to the finishing warp
-  float columns[kWarps][kTileN];  // of a warp: the bias, or sums of its rows
-  Barrier full[kStages], empty[kStages], staged_full[kWarps], staged_empty[kWarps];
+  float column_values[kWarps][kTileN];  // for a warp the bias, or of it the sums of its rows
+  Barrier full[kStages], empty[kStages], staged_full[kWarps];
+  Barrier staged_ready[kWarps];  // the rows before were read, and the tile's bias is there
 
   __device__ __forceinline__ static GemmShared& get() {
     extern __shared__ __align__(1024) char smem[];
@@ -180,7 +181,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p) {
     pin(sum[1]);
     release(last);
 
-    wait(shared.staged_empty + warp, staged_ring.parity);
+    wait(shared.staged_ready + warp, staged_ring.parity);
 #pragma unroll
     for (int n = 0; n < kTileN / 8; n += 2) {
       float* const x = sum[n / (kTileN / 16)] + n % (kTileN / 16) * 4;
@@ -188,7 +189,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p) {
 #pragma unroll
         for (int i = 0; i < 8; i += 4) {
           const float2 bias = *reinterpret_cast<const float2*>(
-              shared.columns[warp] + n * 8 + 2 * i + lane % 4 * 2);
+              shared.column_values[warp] + n * 8 + 2 * i + lane % 4 * 2);
           x[i] += bias.x;
           x[i + 1] += bias.y;
           x[i + 2] += bias.x;
@@ -243,7 +244,7 @@ struct FinishRows {
     if (p.bias != nullptr && column < p.columns) {
       unpack<T>(x, __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + column)));
     }
-    store_f32(GemmShared<T>::get().columns[warp] + lane * 8, x);
+    store_f32(GemmShared<T>::get().column_values[warp] + lane * 8, x);
   }
 
   // This lane's part of a row of one of the matrices [rows, columns].
@@ -258,6 +259,7 @@ struct FinishRows {
 
 // An epilogue is made before the sums of a tile are there, takes row after row of them, and ends
 // the tile. With kSummedRows the right operand is [summed, columns], else [columns, summed].
+// With kBias, p.bias (zeros if it is null) is added to the sums.
 template <class T, bool kKeepPre>
 struct GeluEpilogue {
   static constexpr bool kSummedRows = false;
@@ -328,13 +330,13 @@ struct GeluBackwardEpilogue {
                                       const FinishRows<T>& rows) {
     static_assert(kWarps * 32 == kTileN, "a finishing thread sums a column");
     auto& shared = GemmShared<T>::get();
-    store_f32(shared.columns[rows.warp] + rows.lane * 8, column_sums);
+    store_f32(shared.column_values[rows.warp] + rows.lane * 8, column_sums);
     sync_group(1, kWarps * 32);
     const int thread = rows.warp * 32 + rows.lane;
     if (tile.row0 < p.rows && tile.column0 + thread < p.columns) {
       float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared.columns[w][thread];
+      for (int w = 0; w < kWarps; ++w) total += shared.column_values[w][thread];
       p.partial[int64_t{tile.row0 / kTileM} * p.columns + tile.column0 + thread] = total;
     }
     sync_group(1, kWarps * 32);
@@ -404,7 +406,7 @@ __device__ __forceinline__ void finish(const GemmParams& p) {
     const FinishRows<T> rows(p, tile, warp);
     if constexpr (Epilogue::kBias) rows.stage_bias(p);
     __syncwarp();
-    if (rows.lane == 0) arrive(shared.staged_empty + warp);
+    if (rows.lane == 0) arrive(shared.staged_ready + warp);
     Epilogue epilogue(p, rows);
     wait(shared.staged_full + warp, ring.parity);
 #pragma unroll Epilogue::kUnroll
@@ -425,7 +427,7 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kGemmThreads, 1)
     }
     for (int i = 0; i < kWarps; ++i) {
       init_barrier(shared.staged_full + i, 1);
-      init_barrier(shared.staged_empty + i, 1);
+      init_barrier(shared.staged_ready + i, 1);
     }
     fence_barrier_init();
   }

@@ -35,10 +35,10 @@ inline bool suits_sm90(const KernelParams& p, std::initializer_list<const AttnTe
   return on_sm90();
 }
 
-// attn_fwd with k rotated already, which leaves rotated queries at rotated_q unless its ptr is null,
-// and attn_bwd with q and k rotated already, for parameters that
-// suits_sm90 accepts. bwd_sm90 takes bwd_sm90_stats_bytes at p.workspace, and at `sums`, where
-// p.d_qkv_sums is set, bwd_sm90_sums_bytes.
+// attn_fwd with k rotated already, and attn_bwd with q and k rotated already, for parameters that
+// suits_sm90 accepts. fwd_sm90 leaves rotated queries at rotated_q unless its ptr is null. bwd_sm90
+// takes bwd_sm90_stats_bytes at p.workspace, and at `sums`, where p.d_qkv_sums is set,
+// bwd_sm90_sums_bytes.
 int fwd_sm90(const KernelParams& p, const AttnTensor& rotated_q);
 int bwd_sm90(const KernelParams& p, float* sums);
 size_t bwd_sm90_stats_bytes(const AttnParams& p);

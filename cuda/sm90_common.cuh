@@ -36,7 +36,8 @@ inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensor
   return encode_tiles(map, t.ptr, dims, strides, box);
 }
 
-// The same for a table of angles, two columns a number, in boxes of `rows` rows.
+// Describes a table of angles, as 16-bit elements of which two are a number, in boxes of `rows` rows
+// and 64 such elements, with dimensions (column, row).
 inline int angle_map(const AttnParams& p, const float* table, int rows, CUtensorMap& map) {
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   return encode_tiles<2>(map, const_cast<float*>(table), {size(p.head_dim), size(p.seqlen)},
@@ -74,17 +75,18 @@ struct TileAngles {
   static constexpr int W = 8, kUnits = D / 2 / W, kSteps = 64 * kUnits / 128;
   Rope::Turn<W> turns[kSteps];
 
-  // The first row is at position pos0. Rows from `end` on, of which one is before, get any angles.
+  // The first row is at position pos0. Rows from `end` on, which is above 0, get any angles.
   __device__ __forceinline__ void load(const Rope& rope, int pos0, int end) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int index = threadIdx.x % 128 + 128 * i;
-      turns[i] = Rope::Turn<W>(rope, min(pos0 + index / kUnits, end - 1), index % kUnits * W, false);
+      const int pos = min(pos0 + index / kUnits, end - 1);
+      turns[i] = Rope::Turn<W>(rope, pos, index % kUnits * W, false);
     }
   }
 
-  // Rotates the rows from row0 on in place, and writes the first `count` of them also to the rows of
-  // `out` (a [*, D] matrix) unless that is null.
+  // Rotates the rows from row0 on in place, and writes the first `count` of them also to the rows
+  // of `out` (a [*, D] matrix) unless that is null.
   __device__ __forceinline__ void rotate(T* tile, const Rope& rope, int row0, T* out,
                                          int64_t row_stride, int count) const {
 #pragma unroll
