@@ -506,8 +506,9 @@ int bwd(const KernelParams& params, float* sums) {
   for (int i = 0; i < S::kResident; ++i) ATTN_RETURN_IF(tile_map(p, *a[i], S::kM, p.a_maps[i]));
   for (int i = 0; i < 2; ++i) ATTN_RETURN_IF(tile_map(p, *b[i], S::kN, p.b_maps[i]));
   if (p.rope_cos != nullptr) {
-    ATTN_RETURN_IF(angle_map(p, p.rope_cos, S::kN, p.angle_maps[0]));
-    ATTN_RETURN_IF(angle_map(p, p.rope_sin, S::kN, p.angle_maps[1]));
+    // Two 16-bit elements for each of a row's head_dim / 2 numbers.
+    ATTN_RETURN_IF(matrix_map(p.angle_maps[0], p.rope_cos, p.seqlen, D, S::kN));
+    ATTN_RETURN_IF(matrix_map(p.angle_maps[1], p.rope_sin, p.seqlen, D, S::kN));
   }
   return launch_persistent(bwd_sm90_kernel<T, D, kKeys>, p.units, S::kThreads,
                            sizeof(BwdShared<T, D, kKeys>), p);

@@ -168,19 +168,19 @@ template <class T>
 int fwd(const AttnParams& params) {
   KernelParams p(params);
   p.check_alignment<T>({&p.q, &p.k, &p.v, &p.o});
-  const bool keep = p.rope_cos != nullptr && p.rotated != nullptr && !p.qk_rotated;
-  AttnTensor rotated_q = {};
-  if (p.qk_rotated) {
-    p.rope_cos = p.rope_sin = nullptr;
-  } else if (p.rope_cos != nullptr) {
-    const AttnTensor rotated_k =
-        keep ? rotated_tensor(p, p.rotated, 1) : workspace_tensor(p, p.workspace);
+  if (p.qk_rotated) p.rope_cos = p.rope_sin = nullptr;
+  AttnTensor rotated_q = {};  // where to keep them
+  if (p.rope_cos != nullptr) {
+    AttnTensor rotated_k = workspace_tensor(p, p.workspace);
+    if (p.rotated != nullptr) {
+      rotated_q = rotated_tensor(p, p.rotated, 0);
+      rotated_k = rotated_tensor(p, p.rotated, 1);
+    }
     ATTN_RETURN_IF(rotate<T>(p, p.k, rotated_k));
     p.k = rotated_k;
-    if (keep) rotated_q = rotated_tensor(p, p.rotated, 0);
   }
   if (suits_sm90(p, {&p.q, &p.k, &p.v})) return fwd_sm90(p, rotated_q);
-  if (keep) {
+  if (rotated_q.ptr != nullptr) {
     ATTN_RETURN_IF(rotate<T>(p, p.q, rotated_q));
     p.q = rotated_q;
     p.rope_cos = p.rope_sin = nullptr;

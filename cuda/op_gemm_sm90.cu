@@ -447,14 +447,6 @@ __global__ void __cluster_dims__(kBlocks) __launch_bounds__(kGemmThreads, 1)
   sync_cluster();  // no block may end while the other one signals to it
 }
 
-// Describes a 16-bit matrix [rows, columns] to the TMA, in boxes of `box_rows` rows, 64 columns.
-inline int matrix_map(CUtensorMap& map, const void* matrix, int64_t rows, int64_t columns,
-                      int box_rows) {
-  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  return encode_tiles<2>(map, const_cast<void*>(matrix), {size(columns), size(rows)},
-                         {size(columns * 2)}, {64, static_cast<cuuint32_t>(box_rows)});
-}
-
 // Of kBlocks * kTileM rows each.
 inline int64_t gemm_tiles(int rows, int columns) {
   return int64_t{ceil_div(rows, kBlocks * kTileM)} * ceil_div(columns, kTileN);

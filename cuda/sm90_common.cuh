@@ -36,14 +36,6 @@ inline int tile_map(const AttnParams& p, const AttnTensor& t, int rows, CUtensor
   return encode_tiles(map, t.ptr, dims, strides, box);
 }
 
-// Describes a table of angles, as 16-bit elements of which two are a number, in boxes of `rows` rows
-// and 64 such elements, with dimensions (column, row).
-inline int angle_map(const AttnParams& p, const float* table, int rows, CUtensorMap& map) {
-  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  return encode_tiles<2>(map, const_cast<float*>(table), {size(p.head_dim), size(p.seqlen)},
-                         {size(p.head_dim) * 2}, {64, static_cast<cuuint32_t>(rows)});
-}
-
 // ---- Launch --------------------------------------------------------------------------------------
 
 constexpr int kMostMultiprocessors = 144;  // of any device of compute capability 9.0

@@ -42,4 +42,12 @@ int encode_tiles(CUtensorMap& map, void* tensor, const cuuint64_t (&dims)[kDims]
   return code == CUDA_SUCCESS ? ATTN_OK : static_cast<int>(cudaErrorInvalidValue);
 }
 
+// Describes a 16-bit matrix [rows, columns] to the TMA, in boxes of `box_rows` rows, 64 columns.
+inline int matrix_map(CUtensorMap& map, const void* matrix, int64_t rows, int64_t columns,
+                      int box_rows) {
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  return encode_tiles<2>(map, const_cast<void*>(matrix), {size(columns), size(rows)},
+                         {size(columns * 2)}, {64, static_cast<cuuint32_t>(box_rows)});
+}
+
 }  // namespace attn
