@@ -18,8 +18,8 @@ import math
 import os
 import statistics
 import sys
-
 import zlib
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -99,17 +99,19 @@ class Attention:
 
     def workspace(self, which):
         size = getattr(self.lib, which + "_workspace_bytes")(ctypes.byref(self.params))
-        space = torch.full((size // 4 + 64,), float("nan"), device="cuda")
-        self.params.workspace = space.data_ptr()
-        self.keep.append(space)
-        return space, size
+        self.params.workspace, behind = self.reserve(size)
+        return behind
 
     def keep_rotated(self):
         size = self.lib.attn_rotated_bytes(ctypes.byref(self.params))
+        self.params.rotated, behind = self.reserve(size)
+        return behind
+
+    def reserve(self, size):
+        """Where so many bytes are, and the NaN behind them, which an overrun would replace."""
         space = torch.full((size // 4 + 64,), float("nan"), device="cuda")
-        self.params.rotated = space.data_ptr()
         self.keep.append(space)
-        return space, size
+        return space.data_ptr(), space[(size + 3) // 4:]
 
     def call(self, which):
         code = getattr(self.lib, which)(ctypes.byref(self.params))
@@ -291,7 +293,7 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
     # By the call itself, kept for the backward, or done before. A hash mixes that with all that a case has.
     case = repr((dtype, d, lens, heads, seqs, causal, window, rope, layout))
     rotation = zlib.crc32(case.encode()) % 3 if rope != "none" else 0
-    rotated = a.keep_rotated() if rotation == 1 else None
+    guards = {"rotated": a.keep_rotated()} if rotation == 1 else {}
     if rotation == 2:
         a.params.qk_rotated = 1
         for x in qkv.unbind(2)[:2]:
@@ -303,12 +305,10 @@ def run_case(lib, *, dtype, d, lens, heads=2, seqs="dense", causal=False, window
         for x in written:
             x.fill_(float("nan"))
         for which in ("attn_fwd", "attn_bwd"):
-            spaces = {"workspace": a.workspace(which), "rotated": rotated}
+            guards["workspace"] = a.workspace(which)
             a.call(which)
             torch.cuda.synchronize()
-            for name, (space, size) in ((n, s) for n, s in spaces.items() if s is not None):
-                if not space[(size + 3) // 4:].isnan().all():
-                    problems.append(name + " overrun")
+            problems.extend(f"{name} overrun" for name, behind in guards.items() if not behind.isnan().all())
     if not all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(written, first)):
         problems.append("not deterministic")
     if gap and not (out_base[..., d:].isnan().all() and base[..., d:].isnan().all()):
